@@ -1,0 +1,182 @@
+"""Is it learning, and is it right: matching on frames never trained on, and pictures.
+
+`match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
+feature is ranked among all of the frame's by its similarity to the place's point feature. Asked twice, of the right image
+and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the pixel's position
+alone, which lowers both; only the gap between the two is what the network sees in the image.
+"""
+
+import copy
+import json
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import ops_triton as ops
+
+
+def load_unseen(frames, c):
+    """Frames for evaluation, one sample a frame: no rotation, scale or flip, and the same points every time."""
+    rng = [np.random.default_rng([data.SAMPLE, 0, 0, i]) for i in range(len(frames))]
+    for i, frame in enumerate(frames):
+        sample = data.load_frame(frame, c.num_points, rng[i])
+        yield sample | {"flip": False, "T": np.eye(4), "shuffle": rng[i].permutation(c.num_points), "index": i}
+
+
+def image_box(c):
+    """The size images are judged at: the training size, or KITTI's own where training draws from a range."""
+    return tuple(c.image_scale) if len(c.image_scale) == 2 else (1242, 375)
+
+
+@torch.no_grad()
+def recalibrated(model, batches):
+    """A copy of the model, in eval mode, whose batch norm statistics are the average over `batches` (list of data.augment's).
+    Networks trained for a hundred steps, and ones not trained at all, are judged alike only this way."""
+    model = copy.deepcopy(model).train()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    for i, batch in enumerate(batches):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)
+        model(batch)
+    return model.eval()
+
+
+@torch.no_grad()
+def match(model, frames, c, device):
+    """Rank of the true image feature, for the right image and the next frame's. Needs both branches of the model.
+
+    -> dict of right and wrong, each dict of rank: median over places of the share of candidates that beat the true one, in
+    percent (50 is chance, 0 perfect); top1: share of places whose true feature is the best; excess: mean cross-entropy less
+    its chance level ln(candidates). Further gap: median rank wrong - right, in points, with its 95 % interval over frames
+    (bootstrap). Deterministic.
+    """
+    samples = list(load_unseen(frames, c))
+    view = lambda group: data.augment(data.collate(group), image_box(c), device)
+    model = recalibrated(model, [view(samples[i : i + 4]) for i in range(0, len(samples) - 3, 4)] or [view(samples)])
+    views = [view([s]) for s in samples]
+    maps = [model.img_backbone(v["image"])[-1] for v in views]
+
+    per_frame = {"right": [], "wrong": []}
+    for i, v in enumerate(views):
+        places, features = model.pts_backbone(v["alpha"])
+        uv, depth = data.project(places, v["lidar2img"])
+        seen = data.inside_image(uv, depth, *v["image"].shape[:1:-1])[0]
+        query = F.normalize(model.mlp_cross_points(features[0][seen]), dim=1)  # (n, 128)
+        for which, feature_map in (("right", maps[i]), ("wrong", maps[(i + 1) % len(maps)])):
+            sampled = ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0][seen]
+            logits = query @ F.normalize(model.mlp_cross_img(sampled), dim=1).T / c.temperature  # (n, n)
+            own = logits.diagonal()[:, None]
+            beaten_by = ((logits > own).sum(1) + ((logits == own).sum(1) - 1) / 2) / max(len(logits) - 1, 1)
+            excess = F.cross_entropy(logits, torch.arange(len(logits), device=device), reduction="none") - math.log(len(logits))
+            per_frame[which].append(torch.stack([100 * beaten_by, ((logits >= own).sum(1) == 1).float(), excess]).cpu())
+
+    def summary(chosen):
+        out = {}
+        for which, frames in per_frame.items():
+            rank, top1, excess = torch.cat([frames[i] for i in chosen], 1)
+            out[which] = {"rank": rank.median().item(), "top1": top1.mean().item(), "excess": excess.mean().item()}
+        return out | {"gap": out["wrong"]["rank"] - out["right"]["rank"]}
+
+    rng = np.random.default_rng(0)
+    gaps = [summary(rng.integers(len(frames), size=len(frames)))["gap"] for _ in range(200)]
+    return summary(range(len(frames))) | {"gap_interval": tuple(np.percentile(gaps, [2.5, 97.5]).tolist()), "frames": len(frames)}
+
+
+def match_table(rows):
+    """Lines of text for {name: result of `match`}."""
+    lines = [f"{'':>10}   right image: rank   top1  excess   another's: rank   top1  excess   gap (95 %)"]
+    for name, r in rows.items():
+        cells = [f"{r[w]['rank']:>{width}.1f} % {100 * r[w]['top1']:5.1f} % {r[w]['excess']:+7.2f}" for w, width in (("right", 17), ("wrong", 16))]
+        lines.append(f"{name:>10} {cells[0]} {cells[1]}   {r['gap']:.1f} ({r['gap_interval'][0]:.1f} to {r['gap_interval'][1]:.1f})")
+    return lines
+
+
+# -----------------------------------------------------------------------------
+# pictures
+
+
+def _figure(width, height):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt, plt.figure(figsize=(width, height), layout="constrained")
+
+
+def draw_curves(log_path, path):
+    """Losses with their chance levels, top-1, and matched distance, from log.jsonl to a PNG."""
+    log = [json.loads(line) for line in log_path.read_text().splitlines()]
+    plt, figure = _figure(13, 3.6)
+    left, middle, right = figure.subplots(1, 3)
+    steps = [line["step"] for line in log]
+    for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
+        if loss in log[0]:
+            left.plot(steps, [line[loss] for line in log], color=colour, label=loss)
+            left.plot(steps, [line[loss + "_chance"] for line in log], color=colour, ls=":", label=f"{loss}, chance")
+            middle.plot(steps, [100 * line[loss + "_top1"] for line in log], color=colour, label=loss)
+            right.plot(steps, [line[loss + "_positive"] for line in log], color=colour, label=f"{loss}, matched")
+            right.plot(steps, [line[loss + "_negative"] for line in log], color=colour, ls=":", label=f"{loss}, unmatched")
+    for axis, title in ((left, "InfoNCE loss"), (middle, "top-1, %"), (right, "mean cosine")):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_pairs(model, view, path, method="hungarian", every=6):
+    """Are projection and matching right? One PNG: the augmented image with the encoder's places, coloured by distance (near
+    ones must lie on near things); view alpha from above; view beta from above; and beta brought back by T^-1 on alpha, with a
+    line for every match. A matched pair has one colour in all three. view: a batch of data.augment, its first frame is drawn.
+    """
+    from simipu import match_places
+
+    model = copy.deepcopy(model).eval()
+    alpha, beta, T, lidar2img = (view[k][:1] for k in ("alpha", "beta", "T", "lidar2img"))
+    places_a, places_b = (model.pts_backbone(points)[0] for points in (alpha, beta))
+    uv, depth = data.project(places_a, lidar2img)
+    a, b = places_a[0].double().cpu().numpy(), places_b[0].double().cpu().numpy()
+    T = T[0].double().cpu().numpy()
+    partner = match_places(a @ T[:3, :3].T + T[:3, 3], b, method)
+    back = (b - T[:3, 3]) @ np.linalg.inv(T[:3, :3]).T  # view beta in the frame of view alpha
+    image = view["image"][0].cpu() * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
+    uv, depth = uv[0].cpu().numpy(), depth[0].cpu().numpy()
+    seen = data.inside_image(uv, depth, image.shape[2], image.shape[1])
+
+    plt, figure = _figure(13, 10.5)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.42, 0.58])
+    axis = top.subplots()
+    axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
+    dots = axis.scatter(*uv[seen].T, c=depth[seen], cmap="turbo", s=14, vmax=60, edgecolors="black", linewidths=0.3)
+    top.colorbar(dots, ax=axis, label="depth, m", shrink=0.8)
+    axis.set_title(f"the {seen.sum()} places of view alpha on the augmented image: edges of things and jumps of colour should agree")
+    axis.axis("off")
+
+    hue = plt.get_cmap("hsv")((np.arctan2(a[:, 1], a[:, 0] - 20) / (2 * np.pi)) % 1)  # by bearing from the middle of the scene
+    axes = bottom.subplots(1, 3)
+    distance = np.linalg.norm(a - back[partner], axis=1)
+    for axis, cloud, places, colours, title in (
+        (axes[0], alpha, a, hue, "view alpha from above"),
+        (axes[1], beta, b[partner], hue, "view beta: turned, scaled, perhaps mirrored; colour of its match"),
+        (axes[2], None, a, hue, f"both in alpha's frame, a line a match: {distance.mean():.2f} m apart, {100 * (distance < 0.01).mean():.0f} % coincide"),
+    ):
+        if cloud is not None:
+            axis.scatter(-cloud[0, ::every, 1].cpu(), cloud[0, ::every, 0].cpu(), s=0.3, c="0.75")
+            axis.scatter(-places[:, 1], places[:, 0], c=colours, s=9)
+        else:
+            for p, q, colour in zip(a, back[partner], hue):
+                axis.plot([-p[1], -q[1]], [p[0], q[0]], c=colour, lw=1)
+            axis.scatter(-a[:, 1], a[:, 0], c=hue, s=9)
+            axis.scatter(-back[:, 1], back[:, 0], facecolors="none", edgecolors="black", s=16, linewidths=0.5)
+        axis.set_aspect("equal")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("right, m")
+    axes[0].set_ylabel("forward, m")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,152 @@
+"""What every training script needs and no method is about: processes, seeds, timing, weights, checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import BadInput
+
+
+@dataclass
+class Run:
+    """The processes of a run. Alone or under torchrun, on GPUs or not: the same program."""
+
+    device: torch.device
+    rank: int
+    world: int
+    control: object = None  # a gloo group, for words between hosts that must not wait for GPUs
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def any(self, flag):
+        """True on every rank if flag is true on any."""
+        if self.world == 1:
+            return flag
+        flag = torch.tensor(int(flag))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
+        return bool(flag)
+
+    def mean(self, stats):
+        """A dict of scalar tensors, averaged over ranks, as floats of five digits."""
+        values = torch.stack([v.detach().to(self.device, torch.float32) for v in stats.values()])
+        if self.world > 1:
+            dist.all_reduce(values)
+        return {k: float(f"{v / self.world:.5g}") for k, v in zip(stats, values.tolist())}
+
+
+class Clock:
+    """Where the time of a step goes, on average since last read."""
+
+    def __init__(self):
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def read(self, batch_size):
+        n, seconds, waited = self.steps, time.perf_counter() - self.since, self.waited
+        self.__init__()
+        memory = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if torch.cuda.is_available() else {}
+        return {"data_ms": round(1e3 * waited / n, 1), "step_ms": round(1e3 * seconds / n, 1), "samples_per_s": round(batch_size * n / seconds, 2), **memory}
+
+
+def start_run(device="auto", seed=0):
+    """Join the process group if torchrun started us, choose the device, seed. -> Run. Raises BadInput without a GPU asked for."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: no GPU that this build of torch can use")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if cuda:
+        torch.cuda.set_device(local)
+    control = None
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+        control = dist.new_group(backend="gloo")
+    torch.manual_seed(seed)
+    return Run(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world, control)
+
+
+def git_revision():
+    """Commit of this code, "+changes" if the tree differs from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def save_atomically(obj, path):
+    """A reader, or a run killed at any moment, sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(obj, temporary)
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except Exception as e:  # torch.load answers a broken file with half a dozen types
+        raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__})") from None
+
+
+PREFIXES = ("module.", "_orig_mod.", "encoder_q.", "img_backbone.", "backbone.")
+
+
+def load_image_encoder(encoder, path):
+    """Load weights of anybody's ResNet of the same depth; print what was taken, and raise BadInput below 90 % of the parameters."""
+    found = read_checkpoint(path)
+    for wrapper in ("state_dict", "model"):
+        found = found.get(wrapper, found) if isinstance(found, dict) else {}
+    weights = {}
+    for name, value in found.items():
+        while name.startswith(PREFIXES):
+            name = name.split(".", 1)[1]
+        weights[name] = value
+    own = encoder.state_dict()
+    fits = {k: v for k, v in weights.items() if k in own and torch.is_tensor(v) and v.shape == own[k].shape}
+    wanted = {k for k, _ in encoder.named_parameters()}
+    share = sum(own[k].numel() for k in wanted & fits.keys()) / sum(own[k].numel() for k in wanted)
+    summary = f"{path}: {len(fits)} tensors loaded ({share:.0%} of the parameters), {len(own.keys() - fits.keys())} missing, {len(weights.keys() - fits.keys())} unexpected"
+    if share < 0.9:
+        raise BadInput(summary + "; is this the image encoder of --image-encoder?")
+    encoder.load_state_dict(fits, strict=False)
+    return summary
+
+
+def as_json(c):
+    """A config as plain values that survive a checkpoint and a comparison (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(c)))
+
+
+def resume(path, c, free, model, optimizers):
+    """Steps done, 0 without a checkpoint. Raises BadInput naming the first field in which the checkpoint's config differs."""
+    if not path.exists():
+        return 0
+    saved = read_checkpoint(path)
+    ours = as_json(c)
+    for field in ours.keys() - free:
+        if saved["config"].get(field) != ours[field]:
+            raise BadInput(f"{path}: made with {field}={saved['config'].get(field)}, not {ours[field]}; give another --name, or delete it")
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    return saved["step"]
+
+

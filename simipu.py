@@ -1,0 +1,812 @@
+"""SimIPU (Li et al., AAAI 2022, arXiv 2112.04680): pre-training of an image encoder from camera + LiDAR, with no labels.
+
+Two views of a LiDAR sweep go through a PointNet++ encoder; Hungarian matching pairs the places it keeps; an intra-modal
+InfoNCE makes point features spatial. The places, projected through the calibration, pick features from the image
+encoder's map; an inter-modal InfoNCE hands the spatial knowledge to the image encoder. This file is all of it: networks,
+matching, losses, training loop.
+
+Smoke run on built-in scenes, minutes on two CPU cores:
+
+    torchrun --standalone simipu.py demo                # `python simipu.py demo` is the same program
+
+The paper's recipe on KITTI, on one GPU, on eight (same global batch, same negatives), on two nodes of eight:
+
+    torchrun --standalone simipu.py kitti --data-root data/kitti
+    torchrun --standalone --nproc_per_node=8 simipu.py kitti --data-root data/kitti
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 simipu.py kitti --data-root data/kitti
+
+KITTI raw drives, one or many:      torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
+Resume: the same command again; it goes on from out/NAME/last.pt, to the same numbers. Every flag: `python simipu.py kitti --help`.
+
+A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torchvision's key names), curves.png, pairs.png.
+"""
+
+import contextlib
+import json
+import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import data
+import ops_triton as ops
+import runtime
+from data import BadInput
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Defaults are the paper's; where it is silent, the official release's."""
+
+    # data
+    data_root: tuple[str, ...] = ("data/kitti",)
+    """Folder in KITTI's object or raw layout; several folders are pooled."""
+    splits: tuple[str, ...] = ("train", "test")
+    """Of the object layout: names of files in ImageSets/. The paper pre-trains on train and test, and keeps val unseen."""
+    eval_splits: tuple[str, ...] = ()
+    """Splits the run ends by judging itself on: does the right image match better than another frame's? () for none."""
+    frame_stride: int = 1
+    """Of the raw layout: keep every n-th frame of a drive. Neighbours are near copies; 10 is good advice."""
+    skip_missing: bool = False
+    """Leave out frames that lack an image or a cloud, instead of stopping at them."""
+    synthetic_frames: int = 0
+    """If data_root does not exist, write this many built-in scenes there first."""
+    num_points: int = 16384
+    """Points a sweep is sampled to, in the camera's view and in range."""
+    workers: int = 4
+    """Loading processes per GPU; 0 loads in the training process."""
+
+    # the second view of a cloud, and the image
+    rotation: float = 90.0
+    """View beta turns about z by U(-rotation, rotation) degrees."""
+    scale: tuple[float, float] = (0.75, 1.25)
+    """View beta is scaled by U(scale)."""
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """View beta is shifted by N(0, translation) metres."""
+    flip: float = 0.5
+    """Probability that the image and view beta are mirrored."""
+    image_scale: tuple[int, ...] = (640, 192, 2400, 720)
+    """Box (width, height) that images are resized into, keeping their ratio: two numbers for one fixed size, four for a
+    range that every step draws its size from."""
+
+    # networks
+    image_encoder: str = "resnet50"
+    """resnet18, 34, 50, 101, or timm:NAME for any convolutional model of timm, when timm is installed."""
+    places: int = 1024
+    """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as many."""
+    use_xyz: bool = False
+    """Group neighbours with their relative position as features (PointNet++), at several times the cost. The release does not."""
+    point_hidden: int = 1024
+    """Width of the point projection heads."""
+    image_hidden: int = 2048
+    """Width of the image projection head."""
+    embed_dim: int = 128
+    """Dimensions in which features are compared."""
+
+    # matching and losses
+    matching: Literal["hungarian", "greedy"] = "hungarian"
+    """greedy is the paper's ablation: each place in turn takes the nearest one still free."""
+    temperature: float = 0.07
+    """Of both losses (paper: tau)."""
+    intra_weight: float = 1.0
+    """lambda, of Eq. 4. 0 skips the second view, its matching and its loss."""
+    inter_weight: float = 1.0
+    """mu, of Eq. 7. 0 skips the image."""
+    detach_keys: bool = False
+    """Cut the gradient through the intra loss's keys, as the release does."""
+    inter_query: Literal["point", "image"] = "point"
+    """point: Eq. 7. image: the release, with image queries against point keys that are cut after their head, which so stays random."""
+    gather_negatives: bool = False
+    """Take the other ranks' features as further negatives, with their gradients."""
+
+    # optimisation
+    batch_size: int = 32
+    """Frames per step, over all GPUs. Learning rates are meant for this batch and are not rescaled."""
+    group: int = 4
+    """Frames per forward pass, from whose pairs the losses take their negatives: part of the method (4 x 1024 candidates in
+    the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated."""
+    epochs: int = 100
+    """Paper: 50 to 100."""
+    max_steps: int = 0
+    """Stop after this many steps whatever epochs says; 0: no limit."""
+    point_lr: float = 1e-3
+    """AdamW (.95, .99), weight decay .01, for the point encoder."""
+    image_lr: float = 0.03
+    """For the image encoder and all heads: SGD, momentum .9, weight decay 1e-4. With image_optimizer=adamw use 1e-3."""
+    image_optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd is the release's. adamw learns faster in short runs."""
+    lr_decay: float = 0.99
+    """Factor on all learning rates after each epoch."""
+
+    # the run
+    name: str = "kitti"
+    """The run lives in out/NAME."""
+    out: str = "out"
+    """Folder of all runs."""
+    init: Optional[str] = None
+    """Weights the image encoder starts from: a backbone.pt, a torchvision ResNet. ImageNet's make the paper's double fine-tuning."""
+    seed: int = 0
+    """Of weights, order, sampling and views."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU if there is one."""
+    amp: bool = True
+    """bfloat16 autocast on GPUs. Distances, logits and losses stay in float32."""
+    compile: bool = False
+    """torch.compile the image encoder: a minute at the start of each image size, then faster steps."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    save_every: int = 200
+    """Steps between checkpoints. The last step and a polite kill save too."""
+
+
+PRESETS = {
+    "demo": (
+        "Built-in scenes, ResNet-18, minutes on two CPU cores.",
+        Config(
+            data_root=("data/synthetic",), synthetic_frames=80, splits=("train",), eval_splits=("val",), num_points=8192, workers=1,
+            image_scale=(640, 192), image_encoder="resnet18", places=256, point_hidden=256, image_hidden=512,
+            batch_size=4, epochs=1000, max_steps=240, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=60,
+        ),
+    ),
+    "kitti": ("KITTI's object benchmark: the paper's recipe.", Config()),
+    "kitti_raw": ("KITTI raw drives.", Config(data_root=("data/kitti_raw",), frame_stride=10, name="kitti_raw")),
+}  # fmt: skip
+
+# a checkpoint may be continued with other values of these; any other difference is another experiment
+FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every", "eval_splits"}
+
+
+# -----------------------------------------------------------------------------
+# image encoder: ResNet (He et al. 2016), v1.5, with torchvision's parameter names
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, cin, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut(cin, width, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, cin, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = shortcut(cin, 4 * width, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+def shortcut(cin, cout, stride):
+    if stride == 1 and cin == cout:
+        return None
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+
+class ResNet(nn.Module):
+    """ResNet without its classifier. forward: (B, 3, H, W) -> five maps, of strides 2 (after the stem's ReLU), 4, 8, 16, 32.
+
+    Output cell i of a map of stride s is centred on input pixel s * i: the 7x7, 3x3 and 1x1 convolutions all pad evenly.
+    """
+
+    def __init__(self, depth):
+        super().__init__()
+        block, layers = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3))}[depth]
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        cin = 64
+        for stage, (count, width) in enumerate(zip(layers, (64, 128, 256, 512)), start=1):
+            blocks = []
+            for i in range(count):
+                blocks.append(block(cin, width, stride=2 if stage > 1 and i == 0 else 1))
+                cin = width * block.expansion
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.channels, self.stride = cin, 32
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        maps = [x]
+        x = F.max_pool2d(x, 3, 2, 1)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+
+def build_image_encoder(name):
+    """resnetNN, or timm:NAME. The module's `channels` and `stride` describe its last map. Raises BadInput for other names."""
+    if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
+        return ResNet(int(name[6:]))
+    if not name.startswith("timm:"):
+        raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
+    try:
+        import timm
+    except ImportError:
+        raise BadInput(f"--image-encoder {name}: timm is not installed (pip install timm)") from None
+    try:
+        encoder = timm.create_model(name[5:], features_only=True)
+    except RuntimeError as e:
+        raise BadInput(f"--image-encoder {name}: {str(e).splitlines()[0]}") from None
+    encoder.channels, encoder.stride = encoder.feature_info.channels()[-1], encoder.feature_info.reduction()[-1]
+    return encoder
+
+
+# -----------------------------------------------------------------------------
+# point encoder: PointNet++ with multi-scale grouping, points sampled by distance (D-FPS) and by feature (F-FPS, 3DSSD)
+
+RADII = ((0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8))  # metres; ball i is a shell, from radius i - 1 on
+NEIGHBOURS = ((32, 32, 64), (32, 32, 64), (16, 16, 16))
+MLPS = (
+    ((32, 32, 64), (32, 32, 64), (64, 64, 128)),
+    ((64, 64, 128), (64, 64, 128), (128, 128, 256)),
+    ((128, 128, 256), (128, 128, 256), (256, 256, 512)),
+)
+AGGREGATION = (128, 256, 1024)
+
+
+class CountedNormReLU(torch.autograd.Function):
+    """relu(batch_norm(x)) in training, where row n of x (n, C) stands for count[n] equal rows (count None: one each).
+
+    Exactly what batch norm computes on the repeated rows, gradients included, without ever repeating them. The mean and
+    the biased variance, both (C,), and the number of rows are returned for the running statistics; they carry no gradient.
+    With `sync` all ranks share their statistics, as SyncBatchNorm's do.
+    """
+
+    @staticmethod
+    def forward(ctx, x, count, weight, bias, eps, sync):
+        x32 = x if x.dtype == torch.float64 else x.float()
+        count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
+        sums = torch.cat([count.sum().view(1), count @ x32])
+        if sync:
+            dist.all_reduce(sums)
+        total, mean = sums[0], sums[1:] / sums[0]
+        var = count @ (x32 - mean).square_()
+        if sync:
+            dist.all_reduce(var)
+        var = var / total
+        rstd = (var + eps).rsqrt()
+        y = torch.addcmul(bias - mean * weight * rstd, x32, weight * rstd).relu_().to(x.dtype)
+        ctx.save_for_backward(x, y, count, weight, mean, rstd, total)
+        ctx.sync = sync
+        ctx.mark_non_differentiable(mean, var, total)
+        return y, mean, var, total
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, y, count, weight, mean, rstd, total = ctx.saved_tensors
+        x, dy = x.to(mean.dtype), torch.ops.aten.threshold_backward(dy, y, 0).to(mean.dtype)  # through the ReLU
+        dbias = dy.sum(0)
+        dweight = rstd * ((dy * x).sum(0) - mean * dbias)
+        sums = torch.stack([dbias, dweight])
+        if ctx.sync:
+            dist.all_reduce(sums)
+        # dx = weight rstd (dy - count / total (sum dy + xhat sum dy xhat)), in passes over (n, C) as few as can be
+        slope = sums[1] * rstd / total
+        dx = torch.addcmul(sums[0] / total - mean * slope, x, slope).mul_(count[:, None])
+        return torch.sub(dy, dx, out=dx).mul_(weight * rstd).to(x.dtype), None, dweight, dbias, None, None
+
+
+class PointLayer(nn.Module):
+    """1x1 convolution, batch norm, ReLU over rows (..., cin) -> (..., cout). No bias: batch norm would cancel it.
+
+    `conv` and `bn` hold the parameters under the release's names and shapes; their own forward is not used.
+    """
+
+    sync = False  # share batch statistics between ranks; set by `train` on GPUs
+
+    def __init__(self, cin, cout, dims, eps):
+        super().__init__()
+        self.conv = (nn.Conv2d if dims == 2 else nn.Conv1d)(cin, cout, 1, bias=False)
+        self.bn = (nn.BatchNorm2d if dims == 2 else nn.BatchNorm1d)(cout, eps=eps)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x, count=None):
+        """count: how many rows each row of x stands for, (...,), or None for one each."""
+        y = F.linear(x, self.conv.weight.flatten(1))
+        bn, rows = self.bn, y.reshape(-1, y.shape[-1])
+        if not self.training:
+            return F.relu(F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)).view_as(y)
+        rows, mean, var, total = CountedNormReLU.apply(rows, count, bn.weight, bn.bias, bn.eps, self.sync)
+        with torch.no_grad():
+            bn.num_batches_tracked += 1
+            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+            bn.running_var.lerp_((var * (total / (total - 1))).to(bn.running_var.dtype), bn.momentum)
+        return rows.view_as(y)
+
+
+class SetAbstraction(nn.Module):
+    """Multi-scale grouping around given centres: in each of three shells an MLP of the neighbours' features, then a maximum.
+
+    Without relative positions a neighbour's MLP does not depend on whose neighbour it is. So the MLP runs once per point
+    instead of once per (centre, neighbour), with batch norm counting each point as often as the shells do, and the maximum
+    is gathered: the same function, statistics and gradients, at a twelfth of the multiply-adds and activations
+    (`grouped=False`). `grouped=True` is the textbook form, which relative positions need.
+    """
+
+    def __init__(self, cin, radii, neighbours, mlps, use_xyz):
+        super().__init__()
+        self.radii, self.neighbours, self.use_xyz, self.grouped = radii, neighbours, use_xyz, use_xyz
+        self.mlps = nn.ModuleList()
+        for widths in mlps:
+            layers = zip((cin + 3 * use_xyz, *widths), widths)
+            self.mlps.append(nn.Sequential())
+            for i, (a, b) in enumerate(layers):
+                self.mlps[-1].add_module(f"layer{i}", PointLayer(a, b, dims=2, eps=1e-3))
+
+    def forward(self, xyz, features, centers):
+        """xyz (B, N, 3), features (B, N, C), centers (B, M, 3) -> (B, M, sum of the MLPs' outputs)."""
+        B, N, _ = xyz.shape
+        out = []
+        for i, mlp in enumerate(self.mlps):
+            k = self.neighbours[i]
+            idx = ops.ball_query(xyz, centers, self.radii[i], k, self.radii[i - 1] if i else 0.0)  # (B, M, k)
+            if self.grouped:
+                flat = (idx + N * torch.arange(B, device=idx.device).view(B, 1, 1)).view(-1)
+                f = features.reshape(B * N, -1)[flat].view(*idx.shape, -1)  # (B, M, k, C)
+                if self.use_xyz:
+                    offset = xyz.reshape(B * N, 3)[flat].view(*idx.shape, 3) - centers[:, :, None]
+                    f = torch.cat([offset.to(f.dtype), f], -1)  # (B, M, k, 3 + C)
+                out.append(mlp(f).amax(2))
+            else:
+                count = torch.zeros(B, N, device=idx.device).scatter_add_(1, idx.flatten(1), torch.ones(1, device=idx.device).expand(B, idx[0].numel()))
+                f = features
+                for layer in mlp:
+                    f = layer(f, count)  # (B, N, C)
+                out.append(ops.gather_max(f, idx))
+        return torch.cat(out, -1)
+
+
+class PointEncoder(nn.Module):
+    """(B, N, 4) points (x, y, z, reflectance) -> places (B, P, 3) metres, features (B, P, 1024), with P = `places`.
+
+    Sampling (release's `fps_mods`): SA1 keeps 4P points by D-FPS; SA2 keeps P by F-FPS and P by D-FPS; SA3 keeps P/2 of the
+    F-FPS half and P/2 of all the others. Two of these need no work. A set in FPS order is its own FPS, so SA2's D-FPS takes
+    the first P; and SA3's F-FPS on SA2's first P/2 takes all of them, in an order that nothing downstream sees.
+    """
+
+    def __init__(self, places, use_xyz=False):
+        super().__init__()
+        self.places = places
+        self.SA_modules, self.aggregation_mlps = nn.ModuleList(), nn.ModuleList()
+        cin = 1  # reflectance
+        for radii, neighbours, mlps, cout in zip(RADII, NEIGHBOURS, MLPS, AGGREGATION):
+            self.SA_modules.append(SetAbstraction(cin, radii, neighbours, mlps, use_xyz))
+            self.aggregation_mlps.append(PointLayer(sum(m[-1] for m in mlps), cout, dims=1, eps=1e-5))
+            cin = cout
+
+    def forward(self, points):
+        P, xyz, features = self.places, points[..., :3].contiguous(), points[..., 3:].contiguous()
+        for stage, (sa, aggregate) in enumerate(zip(self.SA_modules, self.aggregation_mlps)):
+            if stage == 0:
+                index = ops.furthest_point_sample(xyz, 4 * P)  # (B, 4P)
+            elif stage == 1:
+                by_feature = ops.furthest_point_sample_features(xyz, features.detach().float(), P)
+                index = torch.cat([by_feature, torch.arange(P, device=xyz.device).expand(len(xyz), P)], 1)  # (B, 2P)
+            else:
+                rest = P // 2 + ops.furthest_point_sample(xyz[:, P // 2 :].contiguous(), P // 2)
+                index = torch.cat([torch.arange(P // 2, device=xyz.device).expand(len(xyz), P // 2), rest], 1)  # (B, P)
+            centers = xyz.gather(1, index[..., None].expand(-1, -1, 3))
+            features = aggregate(sa(xyz, features, centers))
+            xyz = centers
+        return xyz, features
+
+
+class ProjectionHead(nn.Module):
+    """SimCLR-style MLP of three layers, batch norm after each, ReLU after the first two. (n, cin) -> (n, cout)."""
+
+    def __init__(self, cin, hidden, cout):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Linear(cin, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
+        self.layer2 = nn.Sequential(nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
+        self.layer3 = nn.Sequential(nn.Linear(hidden, cout, bias=False), nn.BatchNorm1d(cout))
+
+    def forward(self, x):
+        return self.layer3(self.layer2(self.layer1(x)))
+
+
+# -----------------------------------------------------------------------------
+# matching: which place of view beta is which place of view alpha
+
+MATCHING_THREADS = ThreadPoolExecutor(8)  # scipy's solver lets go of the GIL
+COINCIDE = 1e-4  # metres: nearer than this two places are one point, seen through float32's rounding of T
+
+
+def match_places(alpha, beta, method="hungarian"):
+    """For each place of alpha its partner in beta: a permutation (P,) int64. alpha, beta (P, 3) float64, in one frame.
+
+    hungarian minimises the sum of distances. Places that coincide are paired first: by the triangle inequality some optimal
+    assignment contains them, and the cubic solver is left with two thirds of the problem. greedy (the paper's ablation):
+    each place in turn takes the nearest one still free.
+    """
+    from scipy.optimize import linear_sum_assignment  # here: importing scipy takes a second that --help need not wait for
+    from scipy.spatial.distance import cdist
+
+    cost = cdist(alpha, beta)  # (P, P)
+    if method == "greedy":
+        partner = np.empty(len(alpha), np.int64)
+        for i in range(len(alpha)):
+            partner[i] = cost[i].argmin()
+            cost[:, partner[i]] = np.inf
+        return partner
+    nearest = cost.argmin(1)
+    same = np.flatnonzero(cost[np.arange(len(alpha)), nearest] < COINCIDE)
+    _, first = np.unique(nearest[same], return_index=True)  # doubled points: a place is given away once
+    rows = same[first]
+    partner = np.full(len(alpha), -1)
+    partner[rows] = nearest[rows]
+    rest, free = np.flatnonzero(partner < 0), np.setdiff1d(np.arange(len(beta)), nearest[rows])
+    i, j = linear_sum_assignment(cost[np.ix_(rest, free)])
+    partner[rest[i]] = free[j]
+    return partner
+
+
+def match_in_background(alpha, beta, T, visible, method):
+    """Start matching a batch; the returned function waits for it. The host is free to launch the image encoder meanwhile.
+
+    alpha, beta (B, P, 3) places, T (B, 4, 4), visible (B, P) bool, all on the device. The function returns partner (B, P),
+    distance (B, P) in metres of view alpha, visible (n,) flat indices: on the device, without a further wait for it.
+    """
+    device = alpha.device
+    host = [t.detach().to("cpu", non_blocking=True) for t in (alpha, beta, T, visible)]
+    ready = torch.cuda.Event() if device.type == "cuda" else None
+    if ready is not None:
+        ready.record()
+
+    def solve(b):
+        if ready is not None:
+            ready.synchronize()
+        a, p, T = (t[b].double().numpy() for t in host[:3])
+        a = a @ T[:3, :3].T + T[:3, 3]
+        partner = match_places(a, p, method)
+        return partner, np.linalg.norm(a - p[partner], axis=1) / np.cbrt(abs(np.linalg.det(T[:3, :3])))
+
+    jobs = [MATCHING_THREADS.submit(solve, b) for b in range(len(alpha))]
+
+    def wait():
+        partner, distance = zip(*(job.result() for job in jobs))
+        visible = host[3].flatten().nonzero()[:, 0]
+        return tuple(t.to(device, non_blocking=True) for t in (torch.from_numpy(np.stack(partner)), torch.from_numpy(np.stack(distance)), visible))
+
+    return wait
+
+
+# -----------------------------------------------------------------------------
+# losses
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks, in rank order, with gradients back to the rank that owns them. Ranks may hold different numbers."""
+
+    @staticmethod
+    def forward(ctx, x, counts):
+        ctx.rank, ctx.counts = dist.get_rank(), counts
+        padded = x.new_zeros(max(counts), x.shape[1])
+        padded[: len(x)] = x
+        out = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(out, padded)
+        return torch.cat([rows[:n] for rows, n in zip(out, counts)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # each rank's loss has its own gradient for every row; DDP divides by the world size later
+        start = sum(ctx.counts[: ctx.rank])
+        return grad[start : start + ctx.counts[ctx.rank]], None
+
+
+def info_nce(query, key, temperature, gather=False):
+    """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean.
+
+    -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key (n, D) -> loss, stats.
+    gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
+    stats: chance, ln(number of candidates), what random features score; top1, the share of queries whose own key is the one
+    best (a tie is no success, so collapsed features score 0); positive, negative, mean cosines; std, of the queries'
+    dimensions, 1 when they fill the sphere evenly, 0 when collapsed.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=1) for t in (query, key))
+        n, offset, weight = len(q), 0, 1.0
+        if gather:
+            counts = [torch.zeros((), dtype=torch.long, device=q.device) for _ in range(dist.get_world_size())]
+            dist.all_gather(counts, torch.tensor(n, device=q.device))
+            counts = [int(c) for c in counts]
+            k, offset = GatherRows.apply(k, counts), sum(counts[: dist.get_rank()])
+            weight = n * len(counts) / sum(counts)
+        cosine = q @ k.T  # (n, candidates)
+        target = torch.arange(offset, offset + n, device=q.device)
+        loss = weight * F.cross_entropy(cosine / temperature, target)
+        with torch.no_grad():
+            positive = cosine.gather(1, target[:, None])  # (n, 1)
+            stats = {
+                "chance": torch.tensor(math.log(len(k))),
+                "top1": ((cosine >= positive).sum(1) == 1).float().mean(),
+                "positive": positive.mean(),
+                "negative": (cosine.sum() - positive.sum()) / max(cosine.numel() - n, 1),
+                "std": q.std(0).mean() * math.sqrt(q.shape[1]),
+            }
+    return loss, stats
+
+
+# -----------------------------------------------------------------------------
+# the method
+
+
+class SimIPU(nn.Module):
+    """forward(batch of data.augment) -> total loss, stats (dict of scalars). Names of parts are the release's."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.pts_backbone = PointEncoder(c.places, c.use_xyz)
+        if c.intra_weight:
+            self.mlp_intro_points = ProjectionHead(AGGREGATION[-1], c.point_hidden, c.embed_dim)
+        else:
+            self.pts_backbone.requires_grad_(False)  # Eq. 7 does not train it
+        if c.inter_weight:
+            self.img_backbone = build_image_encoder(c.image_encoder)
+            self.mlp_cross_points = ProjectionHead(AGGREGATION[-1], c.point_hidden, c.embed_dim)
+            self.mlp_cross_img = ProjectionHead(self.img_backbone.channels, c.image_hidden, c.embed_dim)
+            if c.inter_query == "image":
+                self.mlp_cross_points.requires_grad_(False)
+
+    def forward(self, batch):
+        c, B = self.c, len(batch["alpha"])
+        loss, stats = torch.zeros((), device=batch["alpha"].device), {}
+
+        # places and features of both views; both are needed before anything can be matched
+        views = torch.cat([batch["alpha"], batch["beta"]]) if c.intra_weight else batch["alpha"]
+        places, features = self.pts_backbone(views)  # (2B, P, 3), (2B, P, 1024)
+        uv, depth = data.project(places[:B], batch["lidar2img"])  # (B, P, 2)
+        height, width = batch["image"].shape[2:]
+        visible = data.inside_image(uv, depth, width, height)  # (B, P)
+        if c.intra_weight:
+            matched = match_in_background(places[:B], places[B:], batch["T"], visible, c.matching)
+
+        # the image encoder runs while threads match
+        if c.inter_weight:
+            feature_map = self.img_backbone(batch["image"])[-1]  # (B, C, H / 32, W / 32)
+
+        # Eq. 4: places that T maps onto each other have alike features. One pass of the head for both views.
+        if c.intra_weight:
+            partner, distance, visible_rows = matched()
+            z = self.mlp_intro_points(features.flatten(0, 1)).view(2, B, -1, c.embed_dim)
+            f_alpha, f_beta = z[0], z[1].gather(1, partner[..., None].expand_as(z[1]))
+            f_alpha, f_beta = f_alpha.flatten(0, 1), f_beta.flatten(0, 1)  # (B P, 128)
+            intra, s = info_nce(f_alpha, f_beta.detach() if c.detach_keys else f_beta, c.temperature, c.gather_negatives)
+            loss = loss + c.intra_weight * intra
+            stats |= {"intra": intra.detach(), **{f"intra_{k}": v for k, v in s.items()}, "match_m": distance.mean()}
+        else:
+            visible_rows = visible.flatten().nonzero()[:, 0]
+
+        # Eq. 7: a place and its pixel have alike features. The point encoder only teaches: its gradient is cropped.
+        if c.inter_weight:
+            f_gamma = ops.bilinear_sample(feature_map, uv / self.img_backbone.stride).flatten(0, 1)[visible_rows]  # (n, C)
+            f_gamma = self.mlp_cross_img(f_gamma)
+            f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
+            query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
+            inter, s = info_nce(query, key, c.temperature, c.gather_negatives)
+            loss = loss + c.inter_weight * inter
+            stats |= {"inter": inter.detach(), **{f"inter_{k}": v for k, v in s.items()}, "visible": visible.float().mean()}
+        return loss, stats
+
+
+def build_optimizers(model, c):
+    """AdamW for the point encoder; SGD (or AdamW) for the image encoder and the heads. Every parameter that learns is in
+    exactly one of them."""
+    learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    points = [p for name, p in learns.items() if name.startswith("pts_backbone.")]
+    others = [p for name, p in learns.items() if not name.startswith("pts_backbone.")]
+    optimizers = []
+    if points:
+        optimizers.append(torch.optim.AdamW(points, c.point_lr, betas=(0.95, 0.99), weight_decay=0.01))
+    if c.image_optimizer == "sgd":
+        optimizers.append(torch.optim.SGD(others, c.image_lr, momentum=0.9, weight_decay=1e-4))
+    else:
+        optimizers.append(torch.optim.AdamW(others, c.image_lr, betas=(0.9, 0.999), weight_decay=0.01))
+    for optimizer in optimizers:
+        for g in optimizer.param_groups:
+            g["initial_lr"] = g["lr"]
+    return optimizers
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def load_frames(c, run):
+    """The frames of all roots; the built-in scenes are written first where a preset asks for them. -> frames, held-out frames."""
+    if c.synthetic_frames and not Path(c.data_root[0]).exists() and run.main:
+        import synthetic
+
+        synthetic.write_dataset(c.data_root[0], frames=c.synthetic_frames)
+    run.any(False)  # a barrier: the other ranks wait for the scenes
+    frames = [f for root in c.data_root for f in data.find_frames(root, c.splits, c.frame_stride, c.skip_missing)]
+    held_out = [f for root in c.data_root for f in data.find_frames(root, c.eval_splits)] if c.eval_splits else []
+    return frames, held_out
+
+
+def check_config(c, run, num_frames):
+    """-> group, the frames of one forward pass. Raises BadInput, naming the flag, for what cannot work."""
+    group = min(c.group, c.batch_size // run.world)
+    if group < 1 or c.batch_size % (group * run.world):
+        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {run.world} processes")
+    if num_frames < c.batch_size:
+        raise BadInput(f"--batch-size {c.batch_size}: more than the {num_frames} frames found")
+    if c.places % 2 or 4 * c.places > c.num_points:
+        raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
+    if len(c.image_scale) not in (2, 4):
+        raise BadInput(f"--image-scale {c.image_scale}: two numbers (width height) or four (smallest, then largest)")
+    if not (c.intra_weight or c.inter_weight):
+        raise BadInput("--intra-weight 0 --inter-weight 0: nothing to learn")
+    return group
+
+
+def train(c):
+    run = runtime.start_run(c.device, c.seed)
+    frames, held_out = load_frames(c, run)
+    group = check_config(c, run, len(frames))
+    accumulate = c.batch_size // (group * run.world)
+
+    # ============ networks and optimisers ============
+    model = SimIPU(c).to(run.device)
+    notes = [runtime.load_image_encoder(model.img_backbone, c.init)] if c.init else []
+    if run.device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+        if run.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            PointLayer.sync = True
+    optimizers = build_optimizers(model, c)
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())
+    folder = Path(c.out) / c.name
+    start = runtime.resume(folder / "last.pt", c, FREE, model, optimizers)
+    if c.compile:
+        model.img_backbone.compile()
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+
+    # ============ data ============
+    steps_per_epoch = len(frames) // c.batch_size
+    steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
+    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, start, steps)
+    loader = torch.utils.data.DataLoader(
+        data.PretrainFrames(frames, c), batch_sampler=batches, collate_fn=data.collate, num_workers=c.workers,
+        pin_memory=run.device.type == "cuda", prefetch_factor=4 if c.workers else None,
+    )  # fmt: skip
+    stream = iter(loader)
+
+    def next_batch(step):
+        batch = next(stream)
+        if isinstance(batch, BadInput):
+            raise batch
+        return data.augment(batch, data.random_image_scale(c.image_scale, c.seed, step), run.device)
+
+    batch = next_batch(start) if start < steps else None  # before anything is written: a broken data set leaves no trace
+
+    # ============ where it goes ============
+    if run.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        log_path = folder / "log.jsonl"
+        kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= start] if log_path.exists() else []
+        log_path.write_text("".join(line + "\n" for line in kept))
+        million = sum(p.numel() for p in owned) / 1e6
+        for note in notes:
+            print(note)
+        print(f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}")
+        print(f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames, {group * c.places} pairs a pass")
+        print(f"steps {start} to {steps}, {steps_per_epoch} an epoch, into {folder}/")
+
+    def save(step):
+        if not run.main:
+            return
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+        runtime.save_atomically(state | {"config": runtime.as_json(c), "git": runtime.git_revision(), "torch": str(torch.__version__)}, folder / "last.pt")
+        if c.inter_weight:
+            about = {"arch": c.image_encoder, "mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB", "step": step}
+            runtime.save_atomically({"state_dict": model.img_backbone.state_dict(), **about}, folder / "backbone.pt")
+
+    asked_to_stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked_to_stop.append(True))
+
+    # ============ the loop ============
+    model.train()
+    bar = tqdm(total=steps, initial=start, disable=not run.main, dynamic_ncols=True, mininterval=1)
+    clock = runtime.Clock()
+    for step in range(start, steps):
+        for optimizer in optimizers:
+            for g in optimizer.param_groups:
+                g["lr"] = g["initial_lr"] * c.lr_decay ** (step // steps_per_epoch)
+
+        for i in range(accumulate):
+            last = i == accumulate - 1
+            with contextlib.nullcontext() if last or run.world == 1 else wrapped.no_sync():
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                    loss, stats = wrapped(batch)
+                (loss / accumulate).backward()
+            with clock.waiting():
+                batch = next_batch(step + last) if step + last < steps else None
+        if step == start:
+            assert all(p.grad is not None for p in owned), "a parameter that should learn got no gradient"
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # once in a while: write how it goes, and save
+        done, stopping = step + 1, run.any(bool(asked_to_stop))
+        clock.steps += 1
+        if done % c.log_every == 0 or done == steps or stopping:
+            stats = run.mean(stats)  # of the last pass; the one place that waits for the GPU
+            line = {"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [o.param_groups[0]["lr"] for o in optimizers], **clock.read(c.batch_size)}
+            if run.main:
+                with log_path.open("a") as f:
+                    f.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(", ".join(f"{k} {line[k]:.2f} (chance {line[k + '_chance']:.2f})" for k in ("intra", "inter") if k in line))
+        bar.update()
+        if done % c.save_every == 0 or done == steps or stopping:
+            save(done)
+        if stopping:
+            break
+    bar.close()
+    if run.main and not asked_to_stop:
+        finish(model, c, frames, held_out, run.device, folder)
+
+
+def finish(model, c, frames, held_out, device, folder):
+    """Pictures and, on held-out frames, the one number that tells learning from guessing by position."""
+    import eval as evaluate
+
+    evaluate.draw_curves(folder / "log.jsonl", folder / "curves.png")
+    view = next(iter(torch.utils.data.DataLoader(data.PretrainFrames(frames[:1], c), batch_sampler=[[(0, 0)]], collate_fn=data.collate)))
+    evaluate.draw_pairs(model, data.augment(view, evaluate.image_box(c), device), folder / "pairs.png", c.matching)
+    print(f"wrote {folder}/log.jsonl, last.pt, backbone.pt, curves.png, pairs.png")
+    if held_out and c.inter_weight:
+        torch.manual_seed(c.seed)
+        untrained = SimIPU(c).to(device)
+        print(f"\nmatching on {len(held_out)} frames not trained on (median rank of the true pixel among a frame's places: 0 best, 50 % chance)")
+        print("\n".join(evaluate.match_table({name: evaluate.match(m, held_out, c, device) for name, m in (("untrained", untrained), ("trained", model))})))
+
+
+def main():
+    c = tyro.extras.overridable_config_cli(PRESETS)
+    try:
+        train(c)
+    except BadInput as e:
+        raise SystemExit(f"error: {e}") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

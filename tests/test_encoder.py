@@ -1,0 +1,182 @@
+"""The point-wise form of the encoder is the grouped form: forward, running statistics, every gradient."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import data
+import ops_triton as ops
+import simipu
+
+
+def cloud(B, N, seed=0, spread=6.0):
+    g = torch.Generator().manual_seed(seed)
+    xyz = torch.rand(B, N, 3, generator=g) * torch.tensor([spread, spread, 2.0])
+    return torch.cat([xyz, torch.rand(B, N, 1, generator=g)], -1)
+
+
+def real_cloud(root, split, num_points, count):
+    rng = np.random.default_rng(0)
+    frames = data.find_frames(root, (split,))[:count]
+    return torch.stack([torch.from_numpy(data.load_frame(f, num_points, rng)["points"]) for f in frames])
+
+
+class Reference(nn.Module):
+    """A set abstraction as the paper draws it: group, shared MLP of Conv2d, BatchNorm2d, ReLU, maximum over the group."""
+
+    def __init__(self, sa):
+        super().__init__()
+        self.radii, self.neighbours, self.use_xyz = sa.radii, sa.neighbours, sa.use_xyz
+        self.mlps = nn.ModuleList()
+        for mlp in sa.mlps:
+            layers = [m for layer in mlp for m in (copy.deepcopy(layer.conv), copy.deepcopy(layer.bn), nn.ReLU())]
+            self.mlps.append(nn.Sequential(*layers))
+
+    def forward(self, xyz, features, centers):
+        out = []
+        for i, mlp in enumerate(self.mlps):
+            idx = ops.ball_query(xyz, centers, self.radii[i], self.neighbours[i], self.radii[i - 1] if i else 0.0)
+            batch = torch.arange(len(xyz))[:, None, None]
+            grouped = features[batch, idx]
+            if self.use_xyz:
+                grouped = torch.cat([(xyz[batch, idx] - centers[:, :, None]).to(features.dtype), grouped], -1)
+            out.append(mlp(grouped.permute(0, 3, 1, 2)).amax(3).transpose(1, 2))
+        return torch.cat(out, -1)
+
+
+def run(module, xyz, features, centers):
+    features = features.clone().requires_grad_()
+    out = module(xyz, features, centers)
+    (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return out.detach(), features.grad
+
+
+@pytest.mark.parametrize("form", ["pointwise", "grouped", "grouped with xyz"])
+def test_set_abstraction_equals_the_textbook_form(form):
+    torch.manual_seed(0)
+    use_xyz = form == "grouped with xyz"
+    sa = simipu.SetAbstraction(5, (0.4, 0.8, 1.6), (8, 8, 16), ((6, 7, 8), (6, 7, 8), (4, 9, 5)), use_xyz).double()
+    sa.grouped = form != "pointwise"
+    for p in sa.parameters():
+        if p.dim() == 1:
+            nn.init.uniform_(p, -1, 1)  # scales of both signs, shifts: nothing cancels by accident
+    reference = Reference(sa)
+    xyz = cloud(3, 200)[..., :3]
+    xyz[0, :50] = xyz[0, :1]  # a doubled point
+    centers = torch.cat([xyz[:, :40], torch.full((3, 2, 3), 99.0)], 1)  # the last two balls are empty
+    features = torch.rand(3, 200, 5, dtype=torch.float64)
+    out, dx = run(sa, xyz, features, centers)
+    ref, dx_ref = run(reference, xyz, features, centers)
+    torch.testing.assert_close(out, ref, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dx, dx_ref, rtol=1e-9, atol=1e-9)
+    grads = {n.replace("layer", "").replace(".conv.", ".0.").replace(".bn.", ".1."): p for n, p in sa.named_parameters()}
+    for n, p in grads.items():  # mlps.I.J.{0: conv, 1: bn}.* is mlps.I.(3 J + {0, 1}).* of the reference
+        _, i, j, part, kind = n.split(".")
+        ref_p = dict(reference.named_parameters())[f"mlps.{i}.{3 * int(j) + int(part)}.{kind}"]
+        torch.testing.assert_close(p.grad, ref_p.grad, rtol=1e-9, atol=1e-9)
+    for i in range(3):
+        for j in range(3):
+            bn, ref_bn = sa.mlps[i][j].bn, reference.mlps[i][3 * j + 1]
+            assert bn.eps == ref_bn.eps == 1e-3 and bn.num_batches_tracked == ref_bn.num_batches_tracked == 1
+            torch.testing.assert_close(bn.running_mean, ref_bn.running_mean, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(bn.running_var, ref_bn.running_var, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(sa.eval()(xyz, features, centers), reference.eval()(xyz, features, centers), rtol=1e-10, atol=1e-10)
+
+
+def test_counted_norm_equals_batch_norm_of_repeated_rows():
+    torch.manual_seed(0)
+    x = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
+    count = torch.randint(0, 5, (30,))
+    weight, bias = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    apply = lambda x, w, b: simipu.CountedNormReLU.apply(x, count, w, b, 1e-3, False)[0]
+    repeated = lambda x, w, b: torch.relu(nn.functional.batch_norm(x.repeat_interleave(count, 0), None, None, w, b, True, eps=1e-3))
+    torch.testing.assert_close(apply(x, weight, bias).repeat_interleave(count, 0), repeated(x, weight, bias))
+    # a gathered maximum sends each row one gradient, however often the row was counted: weigh one copy of each
+    first = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)[:-1]])[count > 0]
+    coefficients = torch.randn(30, 4, dtype=torch.float64)[count > 0]
+    ours = torch.autograd.grad((apply(x, weight, bias)[count > 0] * coefficients).sum(), (x, weight, bias))
+    theirs = torch.autograd.grad((repeated(x, weight, bias)[first] * coefficients).sum(), (x, weight, bias))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """What each stage of a full-size encoder was asked for, on a random cloud."""
+    torch.manual_seed(0)
+    encoder, calls = simipu.PointEncoder(64), []
+    original = ops.ball_query
+
+    def spy(xyz, centers, radius, k, min_radius=0.0):
+        calls.append((xyz.shape[1], centers.shape[1], min_radius, radius, k))
+        return original(xyz, centers, radius, k, min_radius)
+
+    ops.ball_query = spy
+    try:
+        places, features = encoder(cloud(2, 1024, spread=40))
+    finally:
+        ops.ball_query = original
+    return encoder, calls, places, features
+
+
+def test_encoder_follows_the_table(traced):
+    """Counts for P = 64 places: 16P points, 4P, P + P, P/2 + P/2; radii, neighbours, channels of the design's (the release's) table."""
+    encoder, calls, places, features = traced
+    assert calls == [
+        (1024, 256, 0.0, 0.2, 32), (1024, 256, 0.2, 0.4, 32), (1024, 256, 0.4, 0.8, 64),
+        (256, 128, 0.0, 0.4, 32), (256, 128, 0.4, 0.8, 32), (256, 128, 0.8, 1.6, 64),
+        (128, 64, 0.0, 1.6, 16), (128, 64, 1.6, 3.2, 16), (128, 64, 3.2, 4.8, 16),
+    ]  # fmt: skip
+    assert places.shape == (2, 64, 3) and features.shape == (2, 64, 1024)
+    shape = {n: tuple(p.shape) for n, p in encoder.named_parameters()}
+    assert shape["SA_modules.0.mlps.0.layer0.conv.weight"] == (32, 1, 1, 1)
+    assert shape["SA_modules.0.mlps.2.layer2.conv.weight"] == (128, 64, 1, 1)
+    assert shape["SA_modules.1.mlps.2.layer0.conv.weight"] == (128, 128, 1, 1)
+    assert shape["SA_modules.2.mlps.2.layer2.conv.weight"] == (512, 256, 1, 1)
+    assert [shape[f"aggregation_mlps.{i}.conv.weight"] for i in range(3)] == [(128, 256, 1), (256, 512, 1), (1024, 1024, 1)]
+    assert simipu.PointEncoder(1024).places == 1024 and simipu.Config().places == 1024 and simipu.Config().num_points == 16384
+    assert simipu.PointEncoder(4, use_xyz=True).SA_modules[0].mlps[0].layer0.conv.weight.shape == (32, 4, 1, 1)
+
+
+def test_places_are_points_of_the_cloud(traced):
+    places = traced[2]
+    xyz = cloud(2, 1024, spread=40)[..., :3]
+    assert (places[:, :, None] == xyz[:, None]).all(-1).any(2).all()
+
+
+def check_identities(points, P):
+    """SA2's D-FPS takes the first P; SA3's F-FPS of P/2 of P/2 permutes, and nothing downstream sees the order."""
+    xyz = points[..., :3].contiguous()
+    first = ops.furthest_point_sample(xyz, 4 * P)
+    xyz1 = xyz.gather(1, first[..., None].expand(-1, -1, 3))
+    assert torch.equal(ops.furthest_point_sample(xyz1, P), torch.arange(P).expand(len(xyz), P))
+    features = torch.rand(len(xyz), P // 2, 8)
+    order = ops.furthest_point_sample_features(xyz1[:, : P // 2].contiguous(), features, P // 2)
+    assert torch.equal(order.sort(1).values, torch.arange(P // 2).expand(len(xyz), P // 2))
+
+
+def test_sampling_identities_on_built_in_scenes(scenes):
+    check_identities(real_cloud(scenes, "train", 2048, 3), 64)
+
+
+def test_sampling_identities_on_real_clouds(kitti):
+    check_identities(real_cloud(kitti, "train", 8192, 4), 256)
+
+
+def test_encoder_does_not_see_the_order_of_the_cloud(scenes):
+    """Farthest point sampling starts at point 0, and a full ball keeps its first k points; all else is a set function."""
+    torch.manual_seed(0)
+    encoder = simipu.PointEncoder(32).eval()
+    for sa in encoder.SA_modules:
+        sa.neighbours = (1024, 1024, 1024)  # no ball is full
+    points = real_cloud(scenes, "train", 1024, 2)
+    shuffled = torch.cat([points[:, :1], points[:, 1:][:, torch.randperm(1023)]], 1)
+    with torch.no_grad():
+        (pa, fa), (pb, fb) = encoder(points), encoder(shuffled)
+    nearest = torch.cdist(pa, pb, compute_mode="donot_use_mm_for_euclid_dist").argmin(2)
+    torch.testing.assert_close(pb.gather(1, nearest[..., None].expand(-1, -1, 3)), pa)
+    torch.testing.assert_close(fb.gather(1, nearest[..., None].expand_as(fb)), fa, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,209 @@
+"""Every augmentation is a matrix: pixels, points and boxes stay together through all of them."""
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import simipu
+from simipu import Config
+
+C = Config(num_points=4096, seed=3)
+
+
+def read_labels(path):
+    """Rows of a label_2 file that have a 3D box: name, truncation, 2D box, (h, w, l), bottom centre, yaw (camera frame)."""
+    for line in path.read_text().splitlines():
+        name, *v = line.split()
+        v = np.array(v, float)
+        if name != "DontCare":
+            yield name, v[0], v[3:7], v[7:10], v[10:13], v[13]
+
+
+def points_in_box(xyz, velo2rect, size, bottom, yaw, margin=0.1):
+    """Mask of LiDAR points inside a label's 3D box, shrunk by `margin` metres: rims belong to whatever stands behind."""
+    p = xyz @ velo2rect[:3, :3].T + velo2rect[:3, 3] - bottom
+    along = p[:, 0] * np.cos(yaw) - p[:, 2] * np.sin(yaw)
+    across = p[:, 0] * np.sin(yaw) + p[:, 2] * np.cos(yaw)
+    h, w, l = size
+    return (abs(along) < l / 2 - margin) & (abs(across) < w / 2 - margin) & (p[:, 1] < -margin) & (p[:, 1] > -h + margin)
+
+
+def velo_to_rect(calib):
+    lines = data._read_calib(calib)
+    r0, tr = data._entry(calib, lines, "R0_rect", (3, 3)), data._entry(calib, lines, "Tr_velo_to_cam", (3, 4))
+    return data._to_4x4(r0) @ data._to_4x4(tr)
+
+
+def labelled_points(root, frame):
+    """(points (n, 3) inside a 3D label, their 2D box (n, 4)) of one frame, all its labels."""
+    xyz = data.read_cloud(frame.cloud)[:, :3].astype(float)
+    velo2rect = velo_to_rect(frame.calib[0])
+    points, boxes = [np.zeros((0, 3))], [np.zeros((0, 4))]
+    for _, truncation, box, size, bottom, yaw in read_labels(root / "training" / "label_2" / (frame.image.stem + ".txt")):
+        if truncation < 0.1:
+            inside = xyz[points_in_box(xyz, velo2rect, size, bottom, yaw)]
+            points.append(inside)
+            boxes.append(np.broadcast_to(box, (len(inside), 4)))
+    return np.concatenate(points), np.concatenate(boxes)
+
+
+def check_boxes(root, splits):
+    frames = data.find_frames(root, splits)
+    dataset = data.PretrainFrames(frames, C)
+    before, after, flips = [], [], 0
+    for i, frame in enumerate(frames):
+        points, boxes = labelled_points(root, frame)
+        uv, _ = data.project(points, data.read_lidar2img(frame.calib))
+        before.append(((uv >= boxes[:, :2]) & (uv <= boxes[:, 2:])).all(1))
+        batch = data.collate([dataset[(0, i)]])
+        box = data.random_image_scale(C.image_scale, 0, i)
+        view = data.augment(batch, box, "cpu")
+        # the 2D box goes through A, the points through the new lidar2img: two roads to the same pixels
+        A, _ = data.image_affine(batch["size"], box, batch["flip"])
+        corners = np.concatenate([boxes.reshape(-1, 2, 2), np.ones((len(boxes), 2, 1))], 2) @ A[0].numpy().T
+        low, high = corners[..., :2].min(1), corners[..., :2].max(1)
+        uv, _ = data.project(points, view["lidar2img"][0].double().numpy())
+        after.append(((uv >= low - 1e-3) & (uv <= high + 1e-3)).all(1))
+        flips += bool(batch["flip"])
+    before, after = np.concatenate(before), np.concatenate(after)
+    assert 0 < flips < len(frames) and len(before) > 300
+    assert before.mean() >= 0.98 and after.mean() >= 0.98, (before.mean(), after.mean())
+    assert (before == after).mean() > 0.999
+
+
+def test_labelled_points_project_into_their_boxes_synthetic(scenes):
+    check_boxes(scenes, ("trainval",))
+
+
+def test_labelled_points_project_into_their_boxes_kitti(kitti):
+    check_boxes(kitti, ("trainval",))
+
+
+@pytest.mark.parametrize("translation", [(0.0, 0.0, 0.0), (1.0, 2.0, 0.5)])
+def test_T_maps_view_alpha_onto_view_beta(scenes, translation):
+    c = Config(num_points=3000, translation=translation)
+    frames = data.PretrainFrames(data.find_frames(scenes), c)
+    batch = data.collate([frames[(epoch, i)] for epoch in range(2) for i in range(len(frames))])
+    view = data.augment(batch, (640, 192), "cpu")
+    mapped = view["alpha"][..., :3].double() @ view["T"][:, :3, :3].double().mT + view["T"][:, None, :3, 3].double()
+    aligned = mapped.gather(1, batch["shuffle"][..., None].expand(-1, -1, 3))
+    assert (aligned - view["beta"][..., :3]).norm(dim=-1).max() < 1e-4
+    assert torch.equal(view["beta"][..., 3], view["alpha"][..., 3].gather(1, batch["shuffle"]))
+    assert not torch.equal(view["alpha"][..., 3], view["beta"][..., 3])  # shuffled independently
+
+
+def test_views_are_the_similarities_they_are_said_to_be():
+    rng = np.random.default_rng(0)
+    angles, scales = [], []
+    for flip in (False, True) * 200:
+        T = data.random_view(rng, 90.0, (0.75, 1.25), (0.0, 0.0, 0.0), flip)
+        scale = np.cbrt(abs(np.linalg.det(T[:3, :3])))
+        R = np.diag([1, -1 if flip else 1, 1]) @ T[:3, :3] / scale
+        np.testing.assert_allclose(R @ R.T, np.eye(3), atol=1e-12)
+        np.testing.assert_allclose(R[2], [0, 0, 1], atol=1e-12)
+        assert (np.linalg.det(T[:3, :3]) < 0) == flip
+        center = np.append(data.ROTATION_CENTER, 1)  # does not turn: only scaled, and mirrored
+        np.testing.assert_allclose((T @ center)[:3], scale * center[:3] * [1, -1 if flip else 1, 1], atol=1e-9)
+        angles.append(np.degrees(np.arctan2(R[1, 0], R[0, 0])))
+        scales.append(scale)
+    assert -90 <= min(angles) < -80 and 80 < max(angles) <= 90
+    assert 0.75 <= min(scales) < 0.77 and 1.23 < max(scales) <= 1.25
+
+
+def blob_image(width, height, u, v, sigma=6.0):
+    x, y = np.arange(width), np.arange(height)[:, None]
+    return np.exp(-((x - u) ** 2 + (y - v) ** 2) / (2 * sigma**2))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("box", [(320, 96), (512, 160), (900, 270)])
+def test_pixels_follow_resize_flip_and_pad(flip, box):
+    """A Gaussian blob is drawn at a known pixel; after the warp its centre of mass is where A says, to a thousandth of a pixel
+    for matrices and a twentieth for resampling. Two image sizes share the canvas."""
+    sizes, spots = [(500, 151), (421, 140)], [(203.3, 71.6), (150.0, 60.5)]
+    images = [np.repeat((255 * blob_image(*size, *spot))[..., None], 3, 2).astype(np.uint8) for size, spot in zip(sizes, spots)]
+    lidar2img = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1.0]])  # a point (x, y, 0) is the pixel (x, y)
+    samples = [
+        {"image": im, "points": np.float32([[*spot, 0, 0]]), "lidar2img": lidar2img, "flip": flip, "T": np.eye(4), "shuffle": np.arange(1), "index": 0}
+        for im, spot in zip(images, spots)
+    ]
+    view = data.augment(data.collate(samples), box, "cpu")
+    B, _, H, W = view["image"].shape
+    assert H % 32 == W % 32 == 0
+    uv, _ = data.project(view["alpha"], view["lidar2img"])
+    for b, ((w, h), (u, v)) in enumerate(zip(sizes, spots)):
+        s = min(box[0] / w, box[1] / h)
+        w2, h2 = round(w * s), round(h * s)
+        expected = np.array([(u + 0.5) * w2 / w - 0.5, (v + 0.5) * h2 / h - 0.5])
+        if flip:
+            expected[0] = w2 - 1 - expected[0]
+        assert np.abs(uv[b, 0].numpy() - expected).max() < 1e-3
+        light = view["image"][b, 0] * data.IMAGENET_STD[0] + data.IMAGENET_MEAN[0]
+        assert (view["image"][b, :, h2:].abs().max() if h2 < H else 0) == 0 and (view["image"][b, :, :, w2:].abs().max() if w2 < W else 0) == 0
+        light = light[:h2, :w2].double()
+        center = np.array([(light.sum(0) * torch.arange(w2)).sum() / light.sum(), (light.sum(1) * torch.arange(h2)).sum() / light.sum()])
+        assert np.abs(center - expected).max() < 0.05, (center, expected)
+
+
+def test_warp_without_change_is_the_image_itself(scenes):
+    image = data.read_image(data.find_frames(scenes)[0].image)
+    h, w = image.shape[:2]
+    out = data.warp_images(torch.from_numpy(image).permute(2, 0, 1)[None], torch.tensor([[w, h]]), torch.eye(3)[None], (w, h))
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    assert ((out[0] * std + mean) * 255 - torch.from_numpy(image).permute(2, 0, 1)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_feature_cell_is_centred_on_its_pixel(depth):
+    """Through real convolution stacks, with positive weights: the gradient of one cell falls symmetrically around pixel s * i."""
+    torch.manual_seed(0)
+    encoder = simipu.ResNet(depth).eval()
+    for m in encoder.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.constant_(m.weight, 1.0 / m.weight[0].numel())
+    image = torch.ones(1, 3, 1056, 1056, requires_grad=True)
+    cells = {2: (264, 260), 4: (132, 120), 8: (60, 70), 16: (30, 35), 32: (16, 17)}
+    # max pooling picks one of equal pixels and would tilt the picture; an average of the same window has the same centre
+    pooled, simipu.F.max_pool2d = simipu.F.max_pool2d, lambda x, k, s, p: torch.nn.functional.avg_pool2d(x, k, s, p)
+    try:
+        maps = encoder(image)
+    finally:
+        simipu.F.max_pool2d = pooled
+    for feature_map, (stride, (i, j)) in zip(maps, cells.items()):
+        grad = torch.autograd.grad(feature_map[0, :, i, j].sum(), image, retain_graph=True)[0][0].sum(0).double()
+        rows, cols = (grad.sum(1) * torch.arange(1056)).sum() / grad.sum(), (grad.sum(0) * torch.arange(1056)).sum() / grad.sum()
+        assert abs(rows - stride * i) < 0.02 * stride and abs(cols - stride * j) < 0.02 * stride, (stride, rows, cols)
+
+
+def test_groups_are_the_same_on_one_process_and_on_four():
+    make = lambda rank, world: list(data.Batches(50, 16, 4, seed=1, rank=rank, world=world, steps=7))
+    alone, ranks = make(0, 1), [make(r, 4) for r in range(4)]
+    assert alone == [group for step in zip(*ranks) for group in step]
+    first_epoch = [i for group in alone[:12] for _, i in group]
+    assert len(set(first_epoch)) == 48 and [e for e, _ in alone[12]] == [1] * 4
+    resumed = list(data.Batches(50, 16, 4, seed=1, start=5, steps=7))
+    assert resumed == alone[20:] and len(data.Batches(50, 16, 4, seed=1, start=5, steps=7)) == 8
+
+
+def test_samples_are_a_pure_function_of_seed_epoch_and_index(scenes):
+    frames = data.find_frames(scenes)
+    a, b = (data.PretrainFrames(frames, C)[(2, 1)] for _ in range(2))
+    other = data.PretrainFrames(frames, C)[(3, 1)]
+    assert np.array_equal(a["points"], b["points"]) and np.array_equal(a["T"], b["T"]) and np.array_equal(a["shuffle"], b["shuffle"])
+    assert not np.array_equal(a["points"], other["points"]) and not np.array_equal(a["T"], other["T"])
+    assert len({data.random_image_scale(C.image_scale, 0, step) for step in range(20)}) > 10
+    assert data.random_image_scale((640, 192), 0, 5) == (640, 192)
+
+
+def test_kitti_raw_reads_the_same_calibration_as_kitti_object(kitti):
+    """The object benchmark's frames of 2011_09_26 and the raw recordings of that day share a camera."""
+    raw = data.find_frames(kitti / "raw", frame_stride=10)
+    assert len(raw) == 8 and raw[0].image.suffix == ".jpg"
+    sample = data.load_frame(raw[0], 2048, np.random.default_rng(0))
+    assert sample["points"].shape == (2048, 4) and sample["image"].shape == (375, 1242, 3)
+    same_camera = [f for f in data.find_frames(kitti, ("trainval", "test")) if data.read_image(f.image).shape == (375, 1242, 3)]
+    errors = [np.abs(data.read_lidar2img(f.calib) - data.read_lidar2img(raw[0].calib)).max() for f in same_camera]
+    assert min(errors) < 1e-3  # object calib is written with more digits than raw's
+    drive = data.find_frames(kitti / "raw" / "2011_09_26" / "2011_09_26_drive_9001_sync", frame_stride=10)
+    assert [f.name for f in drive] == [f.name for f in raw]

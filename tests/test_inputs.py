@@ -1,0 +1,194 @@
+"""Wrong input is one line on stderr that names the culprit, exit status 1, and nothing written."""
+
+import importlib.util
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import simipu
+from data import BadInput
+from test_loop import MINI
+
+
+@pytest.fixture
+def copy(scenes, tmp_path):
+    """A dataset of one's own to break."""
+    root = tmp_path / "broken"
+    shutil.copytree(scenes, root)
+    return root
+
+
+def files(root, split="train"):
+    """Paths of the split's first frame."""
+    i = (root / "ImageSets" / f"{split}.txt").read_text().split()[0]
+    t = root / "training"
+    return t / "image_2" / f"{i}.png", t / "velodyne" / f"{i}.bin", t / "calib" / f"{i}.txt"
+
+
+def remove_root(root):
+    shutil.rmtree(root)
+    return "no such folder"
+
+
+def empty_split(root):
+    (root / "ImageSets" / "train.txt").write_text("")
+    return "split 'train' is empty"
+
+
+def no_split(root):
+    (root / "ImageSets" / "train.txt").unlink()
+    return "train.txt: missing"
+
+
+def truncate_cloud(root):
+    cloud = files(root)[1]
+    cloud.write_bytes(cloud.read_bytes()[:-5])
+    return f"{cloud.name}: truncated"
+
+
+def nan_points(root):
+    cloud = files(root)[1]
+    points = np.fromfile(cloud, np.float32)
+    points[[4, 9]] = np.nan, np.inf
+    points.tofile(cloud)
+    return f"{cloud.name}: 2 of"
+
+
+def broken_png(root):
+    image = files(root)[0]
+    image.write_bytes(image.read_bytes()[:2000])
+    return f"{image.name}: not a readable image"
+
+
+def text_png(root):
+    image = files(root)[0]
+    image.write_text("I am no image")
+    return f"{image.name}: not a readable image"
+
+
+def missing_image(root):
+    image = files(root)[0]
+    image.unlink()
+    return f"{image.name}: missing"
+
+
+def no_p2(root):
+    calib = files(root)[2]
+    calib.write_text("".join(line for line in calib.read_text().splitlines(True) if not line.startswith("P2")))
+    return f"{calib.name}: no P2"
+
+
+def short_p2(root):
+    calib = files(root)[2]
+    calib.write_text(calib.read_text().replace("P2: ", "P2: x "))
+    return f"{calib.name}: P2 is not 3x4 numbers"
+
+
+def few_points(root):
+    cloud = files(root)[1]
+    np.fromfile(cloud, np.float32).reshape(-1, 4)[:9].tofile(cloud)
+    return f"{cloud.name}: "
+
+
+BREAKERS = [remove_root, empty_split, no_split, truncate_cloud, nan_points, broken_png, text_png, missing_image, no_p2, short_p2, few_points]
+
+
+@pytest.mark.parametrize("breaker", BREAKERS)
+def test_broken_data_is_one_line(copy, breaker):
+    expected = breaker(copy)
+    with pytest.raises(BadInput) as error:
+        c = simipu.Config(num_points=256)
+        sample = data.collate([data.PretrainFrames(data.find_frames(copy), c)[(0, 0)]])
+        if isinstance(sample, BadInput):
+            raise sample
+    assert expected in str(error.value) and "\n" not in str(error.value) and str(copy) in str(error.value)
+
+
+def fails(done, *words):
+    """One line, exit 1, nothing written."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("breaker", [remove_root, broken_png, no_p2])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_script_reports_broken_data(run_script, copy, tmp_path, breaker, workers):
+    expected = breaker(copy)
+    done = run_script("simipu.py", "demo", "--data-root", copy, "--synthetic-frames", 0, *MINI, "--batch-size", 6, "--group", 2, "--workers", workers, "--max-steps", 2)
+    fails(done, expected, copy)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--places", 300], ["--places 300", "--num-points 1024"]),  # 4 x 300 places of 1024 points: m > N
+        (["--batch-size", 100], ["--batch-size 100", "6 frames"]),
+        (["--batch-size", 6, "--group", 4], ["--batch-size 6", "--group 4"]),
+        (["--image-encoder", "resnet19"], ["resnet19"]),
+        (["--image-encoder", "timm:resnet18"], ["timm is not installed"]),
+        (["--intra-weight", 0, "--inter-weight", 0], ["nothing to learn"]),
+        (["--image-scale", 640], ["--image-scale"]),
+        (["--init", "nowhere.pth"], ["nowhere.pth: no such file"]),
+        (["--eval-splits", "nonsense"], ["nonsense.txt: missing"]),
+    ],
+)
+def test_flags_that_cannot_work(run_script, scenes, tmp_path, flags, words):
+    if "timm:resnet18" in flags and importlib.util.find_spec("timm"):
+        pytest.skip("timm is installed here")
+    done = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 1, *flags)
+    fails(done, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_do_not_fit(run_script, scenes, tmp_path):
+    start = ["demo", "--data-root", scenes, *MINI, "--max-steps", 1]
+    assert run_script("simipu.py", *start).returncode == 0
+    last = tmp_path / "out" / "demo" / "last.pt"
+    before = last.read_bytes(), (last.parent / "log.jsonl").read_text()
+    fails(run_script("simipu.py", *start, "--temperature", 0.1), last.relative_to(tmp_path), "temperature=0.07, not 0.1")
+    assert (last.read_bytes(), (last.parent / "log.jsonl").read_text()) == before
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "little.pth")
+    fails(run_script("simipu.py", *start, "--name", "new", "--init", "little.pth"), "little.pth: 1 tensors loaded (0% of the parameters)")
+    last.write_bytes(before[0][:1000])
+    fails(run_script("simipu.py", *start), "last.pt: not a readable checkpoint")
+
+
+def test_raw_drives_with_missing_files(tmp_path, kitti):
+    drive = tmp_path / "2011_09_26" / "2011_09_26_drive_9001_sync"
+    source = kitti / "raw" / "2011_09_26"
+    for part in ("image_02", "velodyne_points"):
+        (drive / part / "data").mkdir(parents=True)
+        for i in range(4):
+            name = next((source / drive.name / part / "data").glob(f"{i:010d}.*"))
+            (drive / part / "data" / name.name).write_bytes(name.read_bytes())
+    with pytest.raises(BadInput, match="calib_cam_to_cam.txt: missing"):
+        data.find_frames(tmp_path)
+    for name in ("calib_cam_to_cam.txt", "calib_velo_to_cam.txt"):
+        (drive.parent / name).write_text((source / name).read_text())
+    assert len(data.find_frames(tmp_path)) == 4
+    (drive / "velodyne_points" / "data" / "0000000002.bin").unlink()
+    with pytest.raises(BadInput, match="4 images but 3 clouds; --skip-missing"):
+        data.find_frames(tmp_path)
+    assert [f.name[-1] for f in data.find_frames(tmp_path, skip_missing=True)] == ["0", "1", "3"]
+    (drive / "image_02" / "data" / "0000000001.jpg").unlink()
+    with pytest.raises(BadInput, match="missing"):
+        data.find_frames(tmp_path)
+
+
+def test_unknown_layout(tmp_path):
+    with pytest.raises(BadInput, match="neither KITTI object"):
+        data.find_frames(tmp_path)
+
+
+def test_help_is_quick_to_list_every_flag(run_script):
+    done = run_script("simipu.py", "kitti", "--help", timeout=60)
+    assert done.returncode == 0
+    for field in simipu.Config.__dataclass_fields__:
+        assert "--" + field.replace("_", "-") in done.stdout

@@ -1,0 +1,203 @@
+"""The real script by subprocess: alone, with two processes, stopped and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import simipu
+
+MINI = ["--places", 32, "--num-points", 1024, "--image-scale", 160, 64, "--point-hidden", 32, "--image-hidden", 32, "--embed-dim", 32]
+MINI += ["--batch-size", 4, "--workers", 0, "--log-every", 1, "--eval-splits"]
+SAME = ("intra", "inter", "intra_top1", "inter_top1", "match_m", "intra_positive", "inter_negative", "inter_std")
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def figures(folder):
+    return [[line[k] for k in ("step", "epoch", *SAME)] for line in read_log(folder)]
+
+
+def test_demo_in_miniature(run_script, tmp_path):
+    """Writes its scenes, learns, draws, judges itself on held-out scenes; a second run with the same seed has the same losses."""
+    demo = ["demo", "--synthetic-frames", 8, *MINI[:-1], "--max-steps", 30, "--workers", 1]
+    done = run_script("simipu.py", *demo)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out" / "demo"
+    assert sorted(p.name for p in out.iterdir()) == ["backbone.pt", "curves.png", "last.pt", "log.jsonl", "pairs.png"]
+    assert (tmp_path / "data" / "synthetic" / "ImageSets" / "val.txt").exists()
+    assert all((out / picture).read_bytes()[:4] == b"\x89PNG" for picture in ("curves.png", "pairs.png"))
+    log = read_log(out)
+    assert [line["step"] for line in log] == list(range(1, 31))
+    for loss in ("intra", "inter"):
+        values = [line[loss] for line in log]
+        assert log[0][loss + "_chance"] == pytest.approx(np.log(4 * 32), abs=1e-3)
+        assert np.mean(values[-6:]) < np.mean(values[:6]) - 0.1, values
+    assert {"lr", "data_ms", "step_ms", "samples_per_s", "match_m", "visible", "intra_std", "inter_positive", "inter_negative"} <= log[0].keys()
+    assert "matching on 2 frames not trained on" in done.stdout and "untrained" in done.stdout
+    again = run_script("simipu.py", *demo, "--name", "again", "--workers", 0, "--max-steps", 5)
+    assert again.returncode == 0, again.stderr
+    assert figures(tmp_path / "out" / "again") == figures(out)[:5]
+    other = run_script("simipu.py", *demo, "--name", "other", "--seed", 1, "--max-steps", 2)
+    assert other.returncode == 0 and figures(tmp_path / "out" / "other")[1][2:] != figures(out)[1][2:]
+
+
+def test_backbone_file(run_script, scenes, tmp_path):
+    """backbone.pt has torchvision's names and its normalisation, and --init takes it, and takes nothing else."""
+    start = ["demo", "--data-root", scenes, *MINI, "--max-steps", 2]
+    assert run_script("simipu.py", *start).returncode == 0
+    saved = torch.load(tmp_path / "out" / "demo" / "backbone.pt", weights_only=True)
+    assert saved["channels"] == "RGB" and list(saved["mean"]) == [0.485, 0.456, 0.406] and saved["arch"] == "resnet18" and saved["step"] == 2
+    names = set(saved["state_dict"])
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "layer4.1.bn2.bias"} <= names
+    assert len(names) == 122 - 2  # torchvision's resnet18 has two more, of its classifier
+    done = run_script("simipu.py", *start, "--name", "again", "--init", "out/demo/backbone.pt")
+    assert done.returncode == 0 and "120 tensors loaded (100% of the parameters), 0 missing, 0 unexpected" in done.stdout
+    prefixed = {"state_dict": {"module.encoder_q." + k: v for k, v in saved["state_dict"].items()} | {"fc.weight": torch.zeros(1)}}
+    torch.save(prefixed, tmp_path / "moco.pth")
+    done = run_script("simipu.py", *start, "--name", "moco", "--init", "moco.pth")
+    assert done.returncode == 0 and "120 tensors loaded (100% of the parameters), 0 missing, 1 unexpected" in done.stdout
+
+
+def test_two_processes(run_script, scenes, tmp_path):
+    done = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 20, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes x 1 passes x 2 frames" in done.stdout
+    log = read_log(tmp_path / "out" / "demo")
+    assert [line["step"] for line in log] == list(range(1, 21))
+    assert log[0]["intra_chance"] == pytest.approx(np.log(2 * 32), abs=1e-3)  # a rank's own pairs
+    for loss in ("intra", "inter"):
+        values = [line[loss] for line in log]
+        assert np.mean(values[-5:]) < np.mean(values[:5]) - 0.1, values
+    gathered = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 2, "--gather-negatives", "--name", "gathered", processes=2)
+    assert gathered.returncode == 0, gathered.stderr
+    assert read_log(tmp_path / "out" / "gathered")[0]["intra_chance"] == pytest.approx(np.log(4 * 32), abs=1e-3)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_resume_is_exact(run_script, scenes, tmp_path, processes):
+    """Stopped after 3 steps and started again: every later line of the log is that of the run that never stopped."""
+    start = ["demo", "--data-root", scenes, *MINI, "--group", 1, "--save-every", 3]
+    for arguments in (["--max-steps", 6, "--name", "whole"], ["--max-steps", 3], ["--max-steps", 6]):
+        done = run_script("simipu.py", *start, *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
+    assert "steps 3 to 6" in done.stdout
+    assert figures(tmp_path / "out" / "demo") == figures(tmp_path / "out" / "whole")
+
+
+def test_sigterm_saves_and_leaves(scenes, tmp_path):
+    command = [sys.executable, simipu.__file__, "demo", "--data-root", scenes, *MINI, "--max-steps", 500]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    log = tmp_path / "out" / "demo" / "log.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    saved = torch.load(tmp_path / "out" / "demo" / "last.pt", weights_only=True)
+    assert saved["step"] == read_log(log.parent)[-1]["step"] < 500
+
+
+def test_kitti_mini(run_script, kitti, tmp_path):
+    """The paper's networks and losses on real frames, on a CPU."""
+    arguments = ["kitti", "--data-root", kitti.resolve(), "--splits", "train", "test", "--batch-size", 4, "--max-steps", 8, "--image-scale", 640, 192]
+    done = run_script("simipu.py", *arguments, "--workers", 1, "--log-every", 1, timeout=900)
+    assert done.returncode == 0, done.stderr
+    log = read_log(tmp_path / "out" / "kitti")
+    assert [line["step"] for line in log] == list(range(1, 9))
+    assert log[0]["intra_chance"] == log[0]["inter_chance"] == pytest.approx(8.318, abs=1e-3)
+    assert log[-1]["intra"] < log[0]["intra"] and all(line["visible"] == 1 for line in log)
+
+
+def test_kitti_raw(run_script, kitti, tmp_path):
+    arguments = ["kitti_raw", "--data-root", (kitti / "raw").resolve(), *MINI, "--max-steps", 2, "--image-encoder", "resnet18"]
+    done = run_script("simipu.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "8 frames" in done.stdout and len(read_log(tmp_path / "out" / "kitti_raw")) == 2
+
+
+# -----------------------------------------------------------------------------
+# --gather-negatives: two processes on halves of a batch are one process on all of it
+
+
+def _gather_worker(rank, port, uneven, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo")
+    x, y, weight = _gather_problem()
+    weight = torch.nn.Parameter(weight)
+    cut = 9 if uneven else 12
+    half = slice(0, cut) if rank == 0 else slice(cut, 24)
+    loss, stats = simipu.info_nce(x[half] @ weight, y[half] @ weight, 0.07, gather=True)
+    loss.backward()
+    torch.distributed.all_reduce(weight.grad)  # what DDP does: the mean over ranks
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    if rank == 0:
+        torch.save({"loss": total / 2, "grad": weight.grad / 2, "chance": stats["chance"]}, out)
+    torch.distributed.destroy_process_group()
+
+
+def _gather_problem():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 6, generator=g, dtype=torch.float64)
+    return x, x + torch.randn(24, 6, generator=g, dtype=torch.float64), torch.randn(6, 5, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_gathered_negatives_equal_one_process_on_the_whole_batch(tmp_path, uneven):
+    out = tmp_path / "result.pt"
+    mp.spawn(_gather_worker, (29600 + os.getpid() % 300 + uneven, uneven, out), nprocs=2)
+    result = torch.load(out)
+    x, y, weight = _gather_problem()
+    weight.requires_grad_()
+    loss, stats = simipu.info_nce(x @ weight, y @ weight, 0.07)
+    loss.backward()
+    torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result["grad"], weight.grad, rtol=1e-10, atol=1e-12)
+    assert result["chance"] == stats["chance"]
+
+
+# -----------------------------------------------------------------------------
+# batch statistics shared between ranks, as on GPUs
+
+
+def _sync_worker(rank, port, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo")
+    layer, x, count, coefficients = _sync_problem()
+    simipu.PointLayer.sync = True
+    half = slice(0, 7) if rank == 0 else slice(7, 20)
+    part = x[half].clone().requires_grad_()
+    (layer(part, count[half]) * coefficients[half]).sum().backward()
+    grads = [p.grad for p in layer.parameters()]
+    for g in grads:
+        torch.distributed.all_reduce(g)
+    torch.save({"dx": part.grad, "grads": grads, "mean": layer.bn.running_mean, "var": layer.bn.running_var}, f"{out}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def _sync_problem():
+    torch.manual_seed(0)
+    layer = simipu.PointLayer(3, 4, dims=2, eps=1e-3).double()
+    return layer, torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 4, (20,)), torch.randn(20, 4, dtype=torch.float64)
+
+
+def test_synchronised_point_layers_equal_one_process_on_all_rows(tmp_path):
+    mp.spawn(_sync_worker, (29950 + os.getpid() % 40, tmp_path / "sync"), nprocs=2)
+    ranks = [torch.load(tmp_path / f"sync.{rank}") for rank in range(2)]
+    layer, x, count, coefficients = _sync_problem()
+    x.requires_grad_()
+    (layer(x, count) * coefficients).sum().backward()
+    torch.testing.assert_close(torch.cat([r["dx"] for r in ranks]), x.grad)
+    for r in ranks:
+        torch.testing.assert_close(r["grads"], [p.grad for p in layer.parameters()])
+        torch.testing.assert_close((r["mean"], r["var"]), (layer.bn.running_mean, layer.bn.running_var))
