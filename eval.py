@@ -130,53 +130,51 @@ def draw_curves(log_path, path):
 
 
 @torch.no_grad()
-def draw_pairs(model, view, path, method="hungarian", every=6):
-    """Are projection and matching right? One PNG: the augmented image with the encoder's places, coloured by distance (near
-    ones must lie on near things); view alpha from above; view beta from above; and beta brought back by T^-1 on alpha, with a
-    line for every match. A matched pair has one colour in all three. view: a batch of data.augment, its first frame is drawn.
+def draw_pairs(model, view, path, match_places):
+    """Are projection and matching right? One PNG of the first frame of `view` (a batch of data.augment). match_places
+    (alpha, beta) is the matching to show, on float64 places (P, 3) in one frame.
+
+    Above, the augmented image with the sweep on it, coloured by depth, and the encoder's places ringed: edges of things and
+    jumps of colour must agree. Below, view alpha from above; view beta, each place in the colour of its match in alpha; and
+    both in alpha's frame, beta brought back by T^-1, with a line for every match: the lines must be short.
     """
-    from simipu import match_places
-
     model = copy.deepcopy(model).eval()
-    alpha, beta, T, lidar2img = (view[k][:1] for k in ("alpha", "beta", "T", "lidar2img"))
-    places_a, places_b = (model.pts_backbone(points)[0] for points in (alpha, beta))
-    uv, depth = data.project(places_a, lidar2img)
-    a, b = places_a[0].double().cpu().numpy(), places_b[0].double().cpu().numpy()
-    T = T[0].double().cpu().numpy()
-    partner = match_places(a @ T[:3, :3].T + T[:3, 3], b, method)
-    back = (b - T[:3, 3]) @ np.linalg.inv(T[:3, :3]).T  # view beta in the frame of view alpha
+    clouds = [view[k][:1] for k in ("alpha", "beta")]
+    a, b = (model.pts_backbone(cloud)[0][0].double().cpu().numpy() for cloud in clouds)
+    alpha, beta = (cloud[0].double().cpu().numpy() for cloud in clouds)
+    T, lidar2img = (view[k][0].double().cpu().numpy() for k in ("T", "lidar2img"))
+    partner = match_places(a @ T[:3, :3].T + T[:3, 3], b)
+    back = ((b - T[:3, 3]) @ np.linalg.inv(T[:3, :3]).T)[partner]  # view beta in the frame of view alpha
+    distance = np.linalg.norm(a - back, axis=1)
     image = view["image"][0].cpu() * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
-    uv, depth = uv[0].cpu().numpy(), depth[0].cpu().numpy()
-    seen = data.inside_image(uv, depth, image.shape[2], image.shape[1])
 
-    plt, figure = _figure(13, 10.5)
+    plt, figure = _figure(14, 10)
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.42, 0.58])
     axis = top.subplots()
     axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
-    dots = axis.scatter(*uv[seen].T, c=depth[seen], cmap="turbo", s=14, vmax=60, edgecolors="black", linewidths=0.3)
-    top.colorbar(dots, ax=axis, label="depth, m", shrink=0.8)
-    axis.set_title(f"the {seen.sum()} places of view alpha on the augmented image: edges of things and jumps of colour should agree")
+    for points, style in ((alpha, {"s": 1.2}), (a, {"s": 26, "edgecolors": "black", "linewidths": 0.8})):
+        uv, depth = data.project(points, lidar2img)
+        seen = data.inside_image(uv, depth, image.shape[2], image.shape[1])
+        dots = axis.scatter(*uv[seen].T, c=depth[seen], cmap="turbo", vmin=0, vmax=50, **style)
+    top.colorbar(dots, ax=axis, label="depth, m", shrink=0.7, pad=0.01)
+    axis.set_title(f"view alpha on the augmented image, its {len(a)} places ringed")
     axis.axis("off")
 
-    hue = plt.get_cmap("hsv")((np.arctan2(a[:, 1], a[:, 0] - 20) / (2 * np.pi)) % 1)  # by bearing from the middle of the scene
-    axes = bottom.subplots(1, 3)
-    distance = np.linalg.norm(a - back[partner], axis=1)
-    for axis, cloud, places, colours, title in (
-        (axes[0], alpha, a, hue, "view alpha from above"),
-        (axes[1], beta, b[partner], hue, "view beta: turned, scaled, perhaps mirrored; colour of its match"),
-        (axes[2], None, a, hue, f"both in alpha's frame, a line a match: {distance.mean():.2f} m apart, {100 * (distance < 0.01).mean():.0f} % coincide"),
-    ):
-        if cloud is not None:
-            axis.scatter(-cloud[0, ::every, 1].cpu(), cloud[0, ::every, 0].cpu(), s=0.3, c="0.75")
-            axis.scatter(-places[:, 1], places[:, 0], c=colours, s=9)
-        else:
-            for p, q, colour in zip(a, back[partner], hue):
-                axis.plot([-p[1], -q[1]], [p[0], q[0]], c=colour, lw=1)
-            axis.scatter(-a[:, 1], a[:, 0], c=hue, s=9)
-            axis.scatter(-back[:, 1], back[:, 0], facecolors="none", edgecolors="black", s=16, linewidths=0.5)
+    bearing = np.arctan2(a[:, 1], a[:, 0] - 25)  # around the middle of the scene, so that neighbours have like colours
+    colours = plt.get_cmap("hsv")(bearing / (2 * np.pi) % 1)
+    left, middle, right = bottom.subplots(1, 3)
+    for axis, cloud, places, title in ((left, alpha, a, "view alpha from above"), (middle, beta, b[partner], "view beta, in the colours of its matches")):
+        axis.scatter(-cloud[::4, 1], cloud[::4, 0], s=0.3, c="0.7")
+        axis.scatter(-places[:, 1], places[:, 0], c=colours, s=10)
+        axis.set_title(title)
+    for p, q, colour in zip(a, back, colours):
+        right.plot([-p[1], -q[1]], [p[0], q[0]], c=colour, lw=1)
+    right.scatter(-a[:, 1], a[:, 0], c=colours, s=10)
+    right.scatter(-back[:, 1], back[:, 0], facecolors="none", edgecolors="black", s=18, linewidths=0.5)
+    right.set_title(f"both in alpha's frame: {distance.mean():.2f} m apart, {100 * (distance < 0.01).mean():.0f} % coincide")
+    for axis in (left, middle, right):
         axis.set_aspect("equal")
-        axis.set_title(title, fontsize=9)
         axis.set_xlabel("right, m")
-    axes[0].set_ylabel("forward, m")
+    left.set_ylabel("forward, m")
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -77,6 +78,35 @@ def start_run(device="auto", seed=0):
         control = dist.new_group(backend="gloo")
     torch.manual_seed(seed)
     return Run(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world, control)
+
+
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C only fill the list returned, for the loop to leave when it is ready. The second one kills."""
+    caught = []
+
+    def handler(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return caught
+
+
+def leave_signals_to_parent(_):
+    """For DataLoader workers: Ctrl-C reaches the whole group of processes, and the parent still wants its batch."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def cut_log(path, step):
+    """Leave only the lines up to `step` of a log.jsonl, whose last line may be torn: a killed run has written past its checkpoint."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept))
 
 
 def git_revision():

@@ -24,7 +24,6 @@ A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torc
 import contextlib
 import json
 import math
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from torch import nn
 from tqdm import tqdm
 
@@ -449,9 +450,6 @@ def match_places(alpha, beta, method="hungarian"):
     assignment contains them, and the cubic solver is left with two thirds of the problem. greedy (the paper's ablation):
     each place in turn takes the nearest one still free.
     """
-    from scipy.optimize import linear_sum_assignment  # here: importing scipy takes a second that --help need not wait for
-    from scipy.spatial.distance import cdist
-
     cost = cdist(alpha, beta)  # (P, P)
     if method == "greedy":
         partner = np.empty(len(alpha), np.int64)
@@ -656,13 +654,11 @@ def load_frames(c, run):
     return frames, held_out
 
 
-def check_config(c, run, num_frames):
+def check_config(c, world):
     """-> group, the frames of one forward pass. Raises BadInput, naming the flag, for what cannot work."""
-    group = min(c.group, c.batch_size // run.world)
-    if group < 1 or c.batch_size % (group * run.world):
-        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {run.world} processes")
-    if num_frames < c.batch_size:
-        raise BadInput(f"--batch-size {c.batch_size}: more than the {num_frames} frames found")
+    group = min(c.group, c.batch_size // world)
+    if group < 1 or c.batch_size % (group * world):
+        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
     if len(c.image_scale) not in (2, 4):
@@ -674,8 +670,7 @@ def check_config(c, run, num_frames):
 
 def train(c):
     run = runtime.start_run(c.device, c.seed)
-    frames, held_out = load_frames(c, run)
-    group = check_config(c, run, len(frames))
+    group = check_config(c, run.world)
     accumulate = c.batch_size // (group * run.world)
 
     # ============ networks and optimisers ============
@@ -696,12 +691,15 @@ def train(c):
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
 
     # ============ data ============
+    frames, held_out = load_frames(c, run)
+    if len(frames) < c.batch_size:
+        raise BadInput(f"--batch-size {c.batch_size}: more than the {len(frames)} frames found")
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, start, steps)
     loader = torch.utils.data.DataLoader(
         data.PretrainFrames(frames, c), batch_sampler=batches, collate_fn=data.collate, num_workers=c.workers,
-        pin_memory=run.device.type == "cuda", prefetch_factor=4 if c.workers else None,
+        worker_init_fn=runtime.leave_signals_to_parent, pin_memory=run.device.type == "cuda", prefetch_factor=4 if c.workers else None,
     )  # fmt: skip
     stream = iter(loader)
 
@@ -716,9 +714,7 @@ def train(c):
     # ============ where it goes ============
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
-        log_path = folder / "log.jsonl"
-        kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= start] if log_path.exists() else []
-        log_path.write_text("".join(line + "\n" for line in kept))
+        runtime.cut_log(folder / "log.jsonl", start)
         million = sum(p.numel() for p in owned) / 1e6
         for note in notes:
             print(note)
@@ -735,9 +731,7 @@ def train(c):
             about = {"arch": c.image_encoder, "mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB", "step": step}
             runtime.save_atomically({"state_dict": model.img_backbone.state_dict(), **about}, folder / "backbone.pt")
 
-    asked_to_stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked_to_stop.append(True))
+    asked_to_stop = runtime.catch_signals()
 
     # ============ the loop ============
     model.train()
@@ -769,7 +763,7 @@ def train(c):
             stats = run.mean(stats)  # of the last pass; the one place that waits for the GPU
             line = {"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [o.param_groups[0]["lr"] for o in optimizers], **clock.read(c.batch_size)}
             if run.main:
-                with log_path.open("a") as f:
+                with (folder / "log.jsonl").open("a") as f:
                     f.write(json.dumps(line) + "\n")
                 bar.set_postfix_str(", ".join(f"{k} {line[k]:.2f} (chance {line[k + '_chance']:.2f})" for k in ("intra", "inter") if k in line))
         bar.update()
@@ -778,23 +772,27 @@ def train(c):
         if stopping:
             break
     bar.close()
-    if run.main and not asked_to_stop:
-        finish(model, c, frames, held_out, run.device, folder)
+    if not asked_to_stop:
+        finish(model, c, run, frames, held_out, folder)
 
 
-def finish(model, c, frames, held_out, device, folder):
+def finish(model, c, run, frames, held_out, folder):
     """Pictures and, on held-out frames, the one number that tells learning from guessing by position."""
     import eval as evaluate
 
-    evaluate.draw_curves(folder / "log.jsonl", folder / "curves.png")
-    view = next(iter(torch.utils.data.DataLoader(data.PretrainFrames(frames[:1], c), batch_sampler=[[(0, 0)]], collate_fn=data.collate)))
-    evaluate.draw_pairs(model, data.augment(view, evaluate.image_box(c), device), folder / "pairs.png", c.matching)
-    print(f"wrote {folder}/log.jsonl, last.pt, backbone.pt, curves.png, pairs.png")
+    if run.main:
+        evaluate.draw_curves(folder / "log.jsonl", folder / "curves.png")
+        view = data.augment(data.collate([data.PretrainFrames(frames, c)[(0, 0)]]), evaluate.image_box(c), run.device)
+        evaluate.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
+        print(f"wrote log.jsonl, last.pt, backbone.pt, curves.png, pairs.png into {folder}/")
     if held_out and c.inter_weight:
         torch.manual_seed(c.seed)
-        untrained = SimIPU(c).to(device)
-        print(f"\nmatching on {len(held_out)} frames not trained on (median rank of the true pixel among a frame's places: 0 best, 50 % chance)")
-        print("\n".join(evaluate.match_table({name: evaluate.match(m, held_out, c, device) for name, m in (("untrained", untrained), ("trained", model))})))
+        networks = {"untrained": SimIPU(c).to(run.device), "trained": model}
+        # on every rank, though one will print: recalibrating batch norm talks to the other ranks
+        table = evaluate.match_table({name: evaluate.match(network, held_out, c, run.device) for name, network in networks.items()})
+        if run.main:
+            print(f"\nmatching on {len(held_out)} frames not trained on: median rank of the true pixel among a frame's places, 0 best, 50 % chance")
+            print("\n".join(table))
 
 
 def main():

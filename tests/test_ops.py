@@ -176,6 +176,15 @@ def test_ball_query_on_the_radius_itself(radius, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_ball_query_adds_in_order(path):
+    """Points on the very sphere are in or out by the rounding of their distance: (x + y) + z, without fused multiply-adds."""
+    points = np.random.default_rng(0).normal(size=(1, 300, 3))
+    points = (0.8 * points / np.linalg.norm(points, axis=2, keepdims=True)).astype(np.float32)
+    got = ball(path, torch.from_numpy(points), torch.zeros(1, 1, 3), 0.8, 300)
+    assert got.tolist() == [ball_oracle(points[0], np.zeros((1, 3), np.float32), 0.8, 300, 0.0)]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_ball_query_on_awkward_clouds(path):
     for cloud, _ in awkward_clouds().values():
         cloud = cloud.astype(np.float32)
