@@ -1,7 +1,7 @@
 """What it costs: every operation, and a training step, timed beside what a user would pick instead.
 
     python bench.py ops                          # full size on built-in scenes; 2 minutes on two idle CPU cores
-    python bench.py step                         # where the time and memory of a step go; 3 minutes, 15 GB
+    python bench.py step                         # where the time and memory of a step go; 4 minutes, 12 GB
     python bench.py step --preset demo           # the demo's sizes; half a minute
     python bench.py ops --data-root data/kitti --splits train --json ops.jsonl
 
@@ -9,9 +9,10 @@ On a GPU the same commands take 8 frames, time with CUDA events, and run as trai
 Clouds and images always come from a data set, never from a random generator: how dense a cloud is decides most of the times.
 
 How: the sides of a row run once each, and their results are compared in float32; then they take turns, A B B A. Times are medians,
-with the fastest run in brackets: the two far apart say that the machine was busy. ratio is peer / ours. saved is what autograd
-keeps alive for the backward pass, weights aside; peak, on GPUs, is what the allocator had to add to run a side. same is the error
-found: exact, or the norm of the difference relative to the peer's (see `differ` for indices). A wrong answer ends the program with status 1.
+with the fastest run in brackets: the two far apart say that the machine was busy, and then not even ratios hold. ratio is peer /
+ours. saved is what autograd keeps alive for the backward pass, weights aside; peak, on GPUs, is what the allocator had to add to run
+a side. same is the error found: exact, or the norm of the difference relative to the peer's (see `differ` for indices). A wrong answer
+ends the program with status 1.
 
 The peers. ops: the torch loop that everybody writes for farthest points; ball query by cdist and topk, and by scipy's k-d tree; set
 abstractions that group, then run Conv2d, BatchNorm2d and ReLU over (B, C, M, k); F.grid_sample, image by image; scipy's assignment
@@ -65,8 +66,8 @@ class Options:
     """Timed runs of each side. 0: 20 on a GPU, 3 on a CPU."""
     threads: int = 0
     """Threads of torch. 0: its own choice."""
-    workers: int = 1
-    """Loading processes of `step`, 0 for none."""
+    workers: Optional[int] = None
+    """Loading processes of `step`; 0 for none. By default as many as cores, up to 16, on a GPU, and 1 on a CPU."""
     num_points: Optional[int] = None
     """Another number than the preset's; so the next three."""
     places: Optional[int] = None
@@ -215,7 +216,7 @@ class Bench:
 
     def __init__(self, o):
         for flag in ("samples", "repeats", "threads", "workers"):
-            if getattr(o, flag) < 0:
+            if (getattr(o, flag) or 0) < 0:
                 raise BadInput(f"--{flag} {getattr(o, flag)}: cannot be negative")
         if o.json and not o.json.parent.is_dir():
             raise BadInput(f"--json {o.json}: no such folder")
@@ -228,11 +229,12 @@ class Bench:
         self.repeats, self.json, self.lines, self.columns = o.repeats or (20 if self.cuda else 3), o.json, [], None
 
         samples = o.samples or (8 if self.cuda else 2)
+        workers = o.workers if o.workers is not None else min(os.cpu_count(), 16) if self.cuda else 1
         sizes = {f: getattr(o, f) for f in ("num_points", "places", "image_encoder", "image_scale") if getattr(o, f)}
         sizes["synthetic_frames"] = simipu.PRESETS["demo"][1].synthetic_frames if o.data_root == Options.data_root else 0
         self.c = c = replace(
             simipu.PRESETS[o.preset][1], data_root=(o.data_root,), splits=o.splits, eval_splits=(),
-            batch_size=samples, group=samples, workers=o.workers, **sizes,
+            batch_size=samples, group=samples, workers=workers, **sizes,
         )  # fmt: skip
         simipu.check_config(c, 1)
         self.frames, _ = simipu.load_frames(c, self.run)
@@ -280,7 +282,7 @@ class Bench:
         if not self.cuda:
             start = time.perf_counter()
             function()
-            return 1e3 * (time.perf_counter() - start), 0
+            return 1e3 * (time.perf_counter() - start), None
         before, start, end = torch.cuda.memory_allocated(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -304,12 +306,11 @@ class Bench:
             for name, side in list(sides.items())[:: -1 if i % 2 else 1]:
                 ms, peak[name] = self.time(lambda: side(self.dtype))
                 runs[name].append(ms)
+        figures = {"runs": runs, "saved_mb": saved} | ({"peak_mb": peak} if self.cuda else {})
         for peer in peers:
-            row = {"op": op, "shape": shape, "peer": peer}
-            for role, name in (("ours", "ours"), ("peer", peer)):
-                row |= {f"{role}_runs": runs[name], f"{role}_saved_mb": saved[name], f"{role}_peak_mb": peak[name]}
+            row = {f"{role}_{key}": figure[name] for role, name in (("ours", "ours"), ("peer", peer)) for key, figure in figures.items()}
             error = differ(results["ours"], results[peer])
-            self.add(row | {"error": error, "same": error <= limit})
+            self.add({"op": op, "shape": shape, "peer": peer, "error": error, "same": error <= limit} | row)
 
     def add(self, row):
         """A row of `compare`: what follows from its runs, printed and kept."""
@@ -350,9 +351,10 @@ def spread(runs):
 
 
 def cpu_name():
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    load = f" (load {os.getloadavg()[0]:.1f} before the start)" if hasattr(os, "getloadavg") else ""
+    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores{load}"
 
 
 @contextlib.contextmanager
@@ -464,7 +466,7 @@ def bench_ops(b):
         parts.append(b.lines[-1])
     total = {k: [sum(t) for t in zip(*(p[k] for p in parts))] for k in ("ours_runs", "peer_runs")}
     total |= {k: sum(p[k] for p in parts) for k in ("ours_saved_mb", "peer_saved_mb")}
-    total |= {k: max(p[k] for p in parts) for k in ("ours_peak_mb", "peer_peak_mb", "error")}
+    total |= {k: max(p[k] for p in parts) for k in parts[0] if k == "error" or k.endswith("peak_mb")}
     b.add({"op": "all three", "shape": "", "peer": "grouped", "same": all(p["same"] for p in parts)} | total)
 
     # ============ matching ============
@@ -482,6 +484,8 @@ def bench_step(b):
     optimizers = simipu.build_optimizers(model, c)
     for parameters in (g for o in optimizers for g in o.param_groups):
         parameters["lr"] = 0.0  # the same work, and every run is the same step
+
+    print(f"{c.workers} loading processes")
 
     def step(batch, dtype, enter=lambda stage: None):
         enter("heads, losses")  # and all in `forward` that no other stage claims
@@ -553,11 +557,10 @@ def bench_step(b):
     with_matching = b.lines[-1]
     solve = lambda match: lambda _: match(*seen[-1])()
     b.compare("matching by itself", f"{c.batch_size} x {c.places} x {c.places}", solve(match), {"serial scipy": solve(serial_scipy)}, costs_differ, 1e-4)
-    adds = 100 / with_matching["ratio"] - 100
-    adds_min = 100 * with_matching["ours_min_ms"] / with_matching["peer_min_ms"] - 100
-    alone = 100 * b.lines[-1]["ours_ms"] / with_matching["peer_ms"]
-    print(f"\nmatching adds {adds:.1f} % to a step by the medians, {adds_min:.1f} % by the fastest runs; by itself it takes {alone:.1f} % of a step")
-    b.lines.append({"matching_adds_percent": adds, "matching_adds_percent_fastest": adds_min, "matching_alone_percent": alone})
+    adds = [100 * (ours / peer - 1) for ours, peer in zip(with_matching["ours_runs"], with_matching["peer_runs"])]
+    by_itself = 100 * b.lines[-1]["ours_ms"] / with_matching["peer_ms"]
+    print(f"\nmatching adds {statistics.median(adds):.1f} % to a step (runs: {min(adds):.1f} to {max(adds):.1f}); hidden by nothing it would add {by_itself:.1f} %")
+    b.lines.append({"matching_adds_percent": statistics.median(adds), "matching_by_itself_percent": by_itself})
 
 
 def main():

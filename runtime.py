@@ -45,6 +45,33 @@ class Run:
         return {k: float(f"{v / self.world:.5g}") for k, v in zip(stats, values.tolist())}
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, counts):
+        ctx.rank, ctx.counts = dist.get_rank(), counts
+        padded = x.new_zeros(max(counts), x.shape[1])
+        padded[: len(x)] = x
+        out = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(out, padded)
+        return torch.cat([rows[:n] for rows, n in zip(out, counts)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # each rank's loss has its own gradient for every row; DDP divides by the world size later
+        start = sum(ctx.counts[: ctx.rank])
+        return grad[start : start + ctx.counts[ctx.rank]], None
+
+
+def gather_rows(x):
+    """Rows x (n, D) of all ranks, in rank order, with gradients back to the rank that owns them; and each rank's n, which may
+    differ. -> (sum of n, D), list of n."""
+    counts = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor(len(x), device=x.device))
+    counts = [int(n) for n in counts]
+    return _GatherRows.apply(x, counts), counts
+
+
 class Clock:
     """Where the time of a step goes, on average since last read."""
 

@@ -27,7 +27,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ class Config:
     """The run lives in out/NAME."""
     out: str = "out"
     """Folder of all runs."""
-    init: Optional[str] = None
+    init: str | None = None
     """Weights the image encoder starts from: a backbone.pt, a torchvision ResNet. ImageNet's make the paper's double fine-tuning."""
     seed: int = 0
     """Of weights, order, sampling and views."""
@@ -154,9 +154,9 @@ PRESETS = {
     "demo": (
         "Built-in scenes, ResNet-18, minutes on two CPU cores.",
         Config(
-            data_root=("data/synthetic",), synthetic_frames=80, splits=("train",), eval_splits=("val",), num_points=8192, workers=1,
-            image_scale=(640, 192), image_encoder="resnet18", places=256, point_hidden=256, image_hidden=512,
-            batch_size=4, epochs=1000, max_steps=240, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=60,
+            data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",), num_points=4096, workers=1,
+            image_scale=(512, 160), image_encoder="resnet18", places=128, point_hidden=256, image_hidden=512,
+            batch_size=4, epochs=1000, max_steps=160, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=40,
         ),
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config()),
@@ -378,7 +378,7 @@ class SetAbstraction(nn.Module):
                 if self.use_xyz:
                     offset = xyz.reshape(B * N, 3)[flat].view(*idx.shape, 3) - centers[:, :, None]
                     f = torch.cat([offset.to(f.dtype), f], -1)  # (B, M, k, 3 + C)
-                out.append(mlp(f).amax(2))
+                out.append(mlp(f).max(2).values)
             else:
                 count = torch.zeros(B, N, device=idx.device).scatter_add_(1, idx.flatten(1), torch.ones(1, device=idx.device).expand(B, idx[0].numel()))
                 f = features
@@ -503,26 +503,6 @@ def match_in_background(alpha, beta, T, visible, method):
 # losses
 
 
-class GatherRows(torch.autograd.Function):
-    """Rows of all ranks, in rank order, with gradients back to the rank that owns them. Ranks may hold different numbers."""
-
-    @staticmethod
-    def forward(ctx, x, counts):
-        ctx.rank, ctx.counts = dist.get_rank(), counts
-        padded = x.new_zeros(max(counts), x.shape[1])
-        padded[: len(x)] = x
-        out = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(out, padded)
-        return torch.cat([rows[:n] for rows, n in zip(out, counts)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # each rank's loss has its own gradient for every row; DDP divides by the world size later
-        start = sum(ctx.counts[: ctx.rank])
-        return grad[start : start + ctx.counts[ctx.rank]], None
-
-
 def info_nce(query, key, temperature, gather=False):
     """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean.
 
@@ -535,12 +515,9 @@ def info_nce(query, key, temperature, gather=False):
     with torch.autocast(query.device.type, enabled=False):
         q, k = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=1) for t in (query, key))
         n, offset, weight = len(q), 0, 1.0
-        if gather:
-            counts = [torch.zeros((), dtype=torch.long, device=q.device) for _ in range(dist.get_world_size())]
-            dist.all_gather(counts, torch.tensor(n, device=q.device))
-            counts = [int(c) for c in counts]
-            k, offset = GatherRows.apply(k, counts), sum(counts[: dist.get_rank()])
-            weight = n * len(counts) / sum(counts)
+        if gather and dist.is_initialized():
+            k, counts = runtime.gather_rows(k)
+            offset, weight = sum(counts[: dist.get_rank()]), n * len(counts) / sum(counts)
         cosine = q @ k.T  # (n, candidates)
         target = torch.arange(offset, offset + n, device=q.device)
         loss = weight * F.cross_entropy(cosine / temperature, target)
@@ -593,7 +570,7 @@ class SimIPU(nn.Module):
 
         # the image encoder runs while threads match
         if c.inter_weight:
-            feature_map = self.img_backbone(batch["image"])[-1]  # (B, C, H / 32, W / 32)
+            feature_map = self.img_backbone(batch["image"].contiguous(memory_format=torch.channels_last))[-1]  # (B, C, H / 32, W / 32)
 
         # Eq. 4: places that T maps onto each other have alike features. One pass of the head for both views.
         if c.intra_weight:
@@ -674,13 +651,11 @@ def train(c):
     accumulate = c.batch_size // (group * run.world)
 
     # ============ networks and optimisers ============
-    model = SimIPU(c).to(run.device)
+    model = SimIPU(c).to(run.device, memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
     notes = [runtime.load_image_encoder(model.img_backbone, c.init)] if c.init else []
-    if run.device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-        if run.world > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            PointLayer.sync = True
+    if run.device.type == "cuda" and run.world > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        PointLayer.sync = True
     optimizers = build_optimizers(model, c)
     owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())

@@ -1,0 +1,101 @@
+"""The bench runs, its rows are there and add up, and ours gives the peers' answers. Never how fast: that is for an idle machine."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+SMALL = ["--samples", 2, "--repeats", 2, "--threads", 1, "--num-points", 1024, "--places", 32, "--image-encoder", "resnet18", "--image-scale", 160, 64]
+PEERS = {
+    "farthest points": ["torch loop"],
+    "farthest features": ["torch loop"],
+    **{f"ball, {a} to {b} m": ["cdist, topk", "scipy k-d tree"] for a, b in ((0.0, 0.2), (0.2, 0.4), (0.4, 0.8))},
+    "gather, maximum": ["gather, max"],
+    "bilinear sampling": ["grid_sample"],
+    **{f"set abstraction {i}": ["grouped"] for i in (1, 2, 3)},
+    "all three": ["grouped"],
+    "assignment": ["serial scipy"],
+}
+
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+def bench(run_script, tmp_path, scenes, command, device, *more):
+    """-> standard output, cells of its table rows, lines of its JSON."""
+    done = run_script("bench.py", command, "--device", device, "--data-root", scenes, *SMALL, "--json", "rows.jsonl", *more)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ")]
+    return done.stdout, cells, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+
+def check(row):
+    """Figures are positive, follow from each other, and belong to one answer."""
+    assert row["same"] is True and row["error"] < 0.05
+    for side in ("ours", "peer"):
+        runs = row[f"{side}_runs"]
+        assert len(runs) == 2 and min(runs) == row[f"{side}_min_ms"] > 0 and statistics.median(runs) == row[f"{side}_ms"]
+    assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ours_ms"])
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_ops(run_script, tmp_path, scenes, device):
+    out, cells, (machine, *rows) = bench(run_script, tmp_path, scenes, "ops", device)
+    assert "1024 points, 32 places, resnet18, images 160 x 64" in out and "torch" in machine["machine"]
+    peers = {}
+    for row in rows:
+        check(row)
+        peers.setdefault(row["op"], []).append(row["peer"])
+    assert peers == {op: names if device == "cpu" else names[:1] for op, names in PEERS.items()}
+    assert [(r[0], r[3]) for r in cells[1:]] == [(row["op"], row["peer"]) for row in rows]
+    assert all(cell[-1] == "exact" or float(cell[-1]) < 0.01 for cell in cells[1:])
+    by_op = {row["op"]: row for row in rows}
+    if device == "cpu":
+        assert all(by_op[op]["error"] == 0 for op in PEERS if op.startswith(("farthest points", "ball", "gather")))
+    for op in PEERS:  # the memory of one side of a row, unlike its time, is the same on every machine
+        saves = op in ("gather, maximum", "bilinear sampling", "all three") or op.startswith("set abstraction")
+        assert (by_op[op]["peer_saved_mb"] > by_op[op]["ours_saved_mb"] > 0) if saves else by_op[op]["ours_saved_mb"] == 0
+    stages = [by_op[f"set abstraction {i}"] for i in (1, 2, 3)]
+    for side in ("ours", "peer"):
+        assert by_op["all three"][f"{side}_saved_mb"] == pytest.approx(sum(s[f"{side}_saved_mb"] for s in stages))
+        assert by_op["all three"][f"{side}_runs"] == pytest.approx([sum(t) for t in zip(*(s[f"{side}_runs"] for s in stages))])
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_step(run_script, tmp_path, scenes, device):
+    out, _, (_, *rows) = bench(run_script, tmp_path, scenes, "step", device, "--preset", "demo")
+    stages = {row["stage"]: row for row in rows if "stage" in row}
+    assert list(stages) == [
+        "waiting for data", "augment", "point encoder", "matching, not hidden", "image encoder", "heads, losses", "backward", "optimizers",
+        "all", "decoding, one worker",
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 for row in stages.values())
+    parts = [row for stage, row in stages.items() if stage not in ("all", "decoding, one worker")]
+    assert [sum(t) for t in zip(*(row["runs"] for row in parts))] == pytest.approx(stages["all"]["runs"])
+    assert sum(row["saved_mb"] for row in parts) == pytest.approx(stages["all"]["saved_mb"])
+    assert {stage for stage, row in stages.items() if row["saved_mb"]} == {"point encoder", "image encoder", "heads, losses", "all"}
+    pairs = [row for row in rows if "op" in row]
+    assert [(row["op"], row["peer"]) for row in pairs] == [("step", "the usual"), ("step", "with known pairs"), ("matching by itself", "serial scipy")]
+    for row in pairs:
+        check(row)
+    assert pairs[0]["ours_saved_mb"] == pytest.approx(stages["all"]["saved_mb"])
+    assert pairs[0]["ours_saved_mb"] < pairs[0]["peer_saved_mb"]
+    adds = [100 * (a / b - 1) for a, b in zip(pairs[1]["ours_runs"], pairs[1]["peer_runs"])]
+    assert rows[-1]["matching_adds_percent"] == pytest.approx(statistics.median(adds)) and "matching adds" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["ops", "--data-root", "nowhere"], "error: nowhere: no such folder"),
+        (["ops", "--samples", 99], "error: --samples 99: more than the 6 frames found"),
+        (["ops", "--repeats", -1], "error: --repeats -1: cannot be negative"),
+        (["step", "--json", "no/rows.jsonl"], "error: --json no/rows.jsonl: no such folder"),
+    ],
+)
+def test_wrong_input_is_one_line(run_script, scenes, tmp_path, arguments, message):
+    root = [] if "--data-root" in arguments else ["--data-root", scenes]
+    done = run_script("bench.py", *arguments, *root)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("*.jsonl"))
