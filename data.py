@@ -17,6 +17,7 @@ Wrong input raises `BadInput`, one line that names the file.
 """
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def find_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
     for f in frames:
         for path in (f.image, f.cloud, *f.calib):
             if not path.is_file():
-                raise BadInput(f"{path}: missing (frame {f.name}); --skip-missing leaves such frames out" if path not in f.calib else f"{path}: missing (frame {f.name})")
+                raise BadInput(f"{path}: missing (of frame {f.name}; --skip-missing leaves out frames without image or cloud)")
         size = f.cloud.stat().st_size
         if size % 16 or not size:
             raise BadInput(f"{f.cloud}: truncated, {size} bytes is no whole number of points (x, y, z, reflectance in float32)")
@@ -110,6 +111,11 @@ def _raw_frames(root, frame_stride, skip_missing):
             image = _png_or_jpg(drive / "image_02" / "data" / i)
             frames.append(Frame(f"{drive.name}/{i}", image, drive / "velodyne_points" / "data" / f"{i}.bin", calib))
     return frames
+
+
+def fingerprint(frames):
+    """A short hash of which frames, in which order: the same order of the same names is the same run."""
+    return hashlib.sha256("\n".join(f.name for f in frames).encode()).hexdigest()[:16]
 
 
 def _png_or_jpg(stem):

@@ -18,12 +18,14 @@ import data
 import ops_triton as ops
 
 
-def load_unseen(frames, c):
-    """Frames for evaluation, one sample a frame: no rotation, scale or flip, and the same points every time."""
-    rng = [np.random.default_rng([data.SAMPLE, 0, 0, i]) for i in range(len(frames))]
-    for i, frame in enumerate(frames):
-        sample = data.load_frame(frame, c.num_points, rng[i])
-        yield sample | {"flip": False, "T": np.eye(4), "shuffle": rng[i].permutation(c.num_points), "index": i}
+RECALIBRATE = 32  # frames that batch norm statistics are taken from
+
+
+def load_unseen(frame, index, c):
+    """One frame for evaluation: no rotation, scale or flip, and the same points every time."""
+    rng = np.random.default_rng([data.SAMPLE, 0, 0, index])
+    sample = data.load_frame(frame, c.num_points, rng)
+    return sample | {"flip": False, "T": np.eye(4), "shuffle": rng.permutation(c.num_points), "index": index}
 
 
 def image_box(c):
@@ -33,7 +35,7 @@ def image_box(c):
 
 @torch.no_grad()
 def recalibrated(model, batches):
-    """A copy of the model, in eval mode, whose batch norm statistics are the average over `batches` (list of data.augment's).
+    """A copy of the model, in eval mode, whose batch norm statistics are the average over `batches` (of data.augment).
     Networks trained for a hundred steps, and ones not trained at all, are judged alike only this way."""
     model = copy.deepcopy(model).train()
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -46,37 +48,39 @@ def recalibrated(model, batches):
 
 @torch.no_grad()
 def match(model, frames, c, device):
-    """Rank of the true image feature, for the right image and the next frame's. Needs both branches of the model.
+    """Rank of the true image feature, for the right image and for another frame's. Needs both branches of the model.
 
     -> dict of right and wrong, each dict of rank: median over places of the share of candidates that beat the true one, in
     percent (50 is chance, 0 perfect); top1: share of places whose true feature is the best; excess: mean cross-entropy less
     its chance level ln(candidates). Further gap: median rank wrong - right, in points, with its 95 % interval over frames
-    (bootstrap). Deterministic.
+    (bootstrap). Deterministic. One frame is held at a time; the other image is the frame's before it.
     """
-    samples = list(load_unseen(frames, c))
-    view = lambda group: data.augment(data.collate(group), image_box(c), device)
-    model = recalibrated(model, [view(samples[i : i + 4]) for i in range(0, len(samples) - 3, 4)] or [view(samples)])
-    views = [view([s]) for s in samples]
-    maps = [model.img_backbone(v["image"])[-1] for v in views]
+    view = lambda chosen: data.augment(data.collate([load_unseen(frames[i], i, c) for i in chosen]), image_box(c), device)
+    few = range(min(len(frames), RECALIBRATE))
+    model = recalibrated(model, (view(few[i : i + c.group]) for i in range(0, len(few), c.group)))
 
     per_frame = {"right": [], "wrong": []}
-    for i, v in enumerate(views):
+    other = model.img_backbone(view([len(frames) - 1])["image"])[-1]
+    for i in range(len(frames)):
+        v = view([i])
+        own = model.img_backbone(v["image"])[-1]
         places, features = model.pts_backbone(v["alpha"])
         uv, depth = data.project(places, v["lidar2img"])
         seen = data.inside_image(uv, depth, *v["image"].shape[:1:-1])[0]
         query = F.normalize(model.mlp_cross_points(features[0][seen]), dim=1)  # (n, 128)
-        for which, feature_map in (("right", maps[i]), ("wrong", maps[(i + 1) % len(maps)])):
+        for which, feature_map in (("right", own), ("wrong", other)):
             sampled = ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0][seen]
             logits = query @ F.normalize(model.mlp_cross_img(sampled), dim=1).T / c.temperature  # (n, n)
-            own = logits.diagonal()[:, None]
-            beaten_by = ((logits > own).sum(1) + ((logits == own).sum(1) - 1) / 2) / max(len(logits) - 1, 1)
+            true = logits.diagonal()[:, None]
+            beaten_by = ((logits > true).sum(1) + ((logits == true).sum(1) - 1) / 2) / max(len(logits) - 1, 1)
             excess = F.cross_entropy(logits, torch.arange(len(logits), device=device), reduction="none") - math.log(len(logits))
-            per_frame[which].append(torch.stack([100 * beaten_by, ((logits >= own).sum(1) == 1).float(), excess]).cpu())
+            per_frame[which].append(torch.stack([100 * beaten_by, ((logits >= true).sum(1) == 1).float(), excess]).cpu())
+        other = own
 
     def summary(chosen):
         out = {}
-        for which, frames in per_frame.items():
-            rank, top1, excess = torch.cat([frames[i] for i in chosen], 1)
+        for which, found in per_frame.items():
+            rank, top1, excess = torch.cat([found[i] for i in chosen], 1)
             out[which] = {"rank": rank.median().item(), "top1": top1.mean().item(), "excess": excess.mean().item()}
         return out | {"gap": out["wrong"]["rank"] - out["right"]["rank"]}
 
@@ -110,6 +114,8 @@ def _figure(width, height):
 def draw_curves(log_path, path):
     """Losses with their chance levels, top-1, and matched distance, from log.jsonl to a PNG."""
     log = [json.loads(line) for line in log_path.read_text().splitlines()]
+    if not log:  # a finished run whose log was deleted
+        return
     plt, figure = _figure(13, 3.6)
     left, middle, right = figure.subplots(1, 3)
     steps = [line["step"] for line in log]

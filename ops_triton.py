@@ -607,7 +607,7 @@ def gather_max_torch(features, idx):
     features = features.detach()
     if features.device.type == "cpu":
         wide = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()  # exact, and numpy has no bfloat16
-        values, source = zip(*_in_threads(_gather_max_numpy, wide.numpy(), idx.numpy()))
+        values, source = zip(*map(_gather_max_numpy, wide.numpy(), idx.numpy()))  # calls too short for threads to gain
         return torch.from_numpy(np.stack(values)).to(features.dtype), torch.from_numpy(np.stack(source))
     return _gather_max_dense(features, idx)
 

@@ -187,23 +187,23 @@ def load_image_encoder(encoder, path):
     return summary
 
 
-def as_json(c):
+def as_json(c, without=()):
     """A config as plain values that survive a checkpoint and a comparison (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(c)))
+    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(c))).items() if k not in without}
 
 
-def resume(path, c, free, model, optimizers):
-    """Steps done, 0 without a checkpoint. Raises BadInput naming the first field in which the checkpoint's config differs."""
+def resume(path, identity, model, optimizers):
+    """Steps done, 0 without a checkpoint. identity: all that must be as it was, or the run would be another experiment; raises
+    BadInput naming what differs."""
     if not path.exists():
         return 0
     saved = read_checkpoint(path)
-    ours = as_json(c)
-    for field in ours.keys() - free:
-        if saved["config"].get(field) != ours[field]:
-            raise BadInput(f"{path}: made with {field}={saved['config'].get(field)}, not {ours[field]}; give another --name, or delete it")
+    if not isinstance(saved, dict) or "identity" not in saved:
+        raise BadInput(f"{path}: not a checkpoint of this program")
+    differ = [f"{k}={saved['identity'].get(k)}, not {v}" for k, v in identity.items() if saved["identity"].get(k) != v]
+    if differ:
+        raise BadInput(f"{path}: made with {'; '.join(differ)}; give another --name, or delete it")
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
     return saved["step"]
-
-

@@ -2,8 +2,7 @@
 
 Two views of a LiDAR sweep go through a PointNet++ encoder; Hungarian matching pairs the places it keeps; an intra-modal
 InfoNCE makes point features spatial. The places, projected through the calibration, pick features from the image
-encoder's map; an inter-modal InfoNCE hands the spatial knowledge to the image encoder. This file is all of it: networks,
-matching, losses, training loop.
+encoder's map; an inter-modal InfoNCE hands the spatial knowledge to the image encoder. This file is all of it.
 
 Smoke run on built-in scenes, minutes on two CPU cores:
 
@@ -13,10 +12,11 @@ The paper's recipe on KITTI, on one GPU, on eight (same global batch, same negat
 
     torchrun --standalone simipu.py kitti --data-root data/kitti
     torchrun --standalone --nproc_per_node=8 simipu.py kitti --data-root data/kitti
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 simipu.py kitti --data-root data/kitti
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 simipu.py kitti --data-root data/kitti \\
+        --batch-size 64                                 # 4 frames on each of 16 GPUs; out/ on a disk that both nodes see
 
 KITTI raw drives, one or many:      torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
-Resume: the same command again; it goes on from out/NAME/last.pt, to the same numbers. Every flag: `python simipu.py kitti --help`.
+Resume: the same command again; it goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag: `python simipu.py kitti --help`.
 
 A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torchvision's key names), curves.png, pairs.png.
 """
@@ -49,13 +49,16 @@ from data import BadInput
 class Config:
     """Everything a run depends on. Defaults are the paper's; where it is silent, the official release's."""
 
-    # data
+    # ---- data ----
     data_root: tuple[str, ...] = ("data/kitti",)
     """Folder in KITTI's object or raw layout; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Of the object layout: names of files in ImageSets/. The paper pre-trains on train and test, and keeps val unseen."""
     eval_splits: tuple[str, ...] = ()
-    """Splits the run ends by judging itself on: does the right image match better than another frame's? () for none."""
+    """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than another
+    frame's? () for none."""
+    eval_frames: int = 100
+    """At most so many of them, evenly spread."""
     frame_stride: int = 1
     """Of the raw layout: keep every n-th frame of a drive. Neighbours are near copies; 10 is good advice."""
     skip_missing: bool = False
@@ -66,8 +69,7 @@ class Config:
     """Points a sweep is sampled to, in the camera's view and in range."""
     workers: int = 4
     """Loading processes per GPU; 0 loads in the training process."""
-
-    # the second view of a cloud, and the image
+    # ---- the second view of a cloud, and the image ----
     rotation: float = 90.0
     """View beta turns about z by U(-rotation, rotation) degrees."""
     scale: tuple[float, float] = (0.75, 1.25)
@@ -79,10 +81,10 @@ class Config:
     image_scale: tuple[int, ...] = (640, 192, 2400, 720)
     """Box (width, height) that images are resized into, keeping their ratio: two numbers for one fixed size, four for a
     range that every step draws its size from."""
-
-    # networks
+    # ---- networks ----
     image_encoder: str = "resnet50"
-    """resnet18, 34, 50, 101, or timm:NAME for any convolutional model of timm, when timm is installed."""
+    """resnet18, 34, 50, 101, or timm:NAME when timm is installed: its ResNets, RegNets, EfficientNets and all whose output
+    cells are centred on multiples of the stride. Patch stems (ConvNeXt) are half a cell off."""
     places: int = 1024
     """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as many."""
     use_xyz: bool = False
@@ -93,8 +95,7 @@ class Config:
     """Width of the image projection head."""
     embed_dim: int = 128
     """Dimensions in which features are compared."""
-
-    # matching and losses
+    # ---- matching and losses ----
     matching: Literal["hungarian", "greedy"] = "hungarian"
     """greedy is the paper's ablation: each place in turn takes the nearest one still free."""
     temperature: float = 0.07
@@ -109,13 +110,13 @@ class Config:
     """point: Eq. 7. image: the release, with image queries against point keys that are cut after their head, which so stays random."""
     gather_negatives: bool = False
     """Take the other ranks' features as further negatives, with their gradients."""
-
-    # optimisation
+    # ---- optimisation ----
     batch_size: int = 32
     """Frames per step, over all GPUs. Learning rates are meant for this batch and are not rescaled."""
     group: int = 4
     """Frames per forward pass, from whose pairs the losses take their negatives: part of the method (4 x 1024 candidates in
-    the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated."""
+    the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated; a batch_size of less than this
+    for each GPU makes groups smaller, and says so."""
     epochs: int = 100
     """Paper: 50 to 100."""
     max_steps: int = 0
@@ -128,8 +129,7 @@ class Config:
     """sgd is the release's. adamw learns faster in short runs."""
     lr_decay: float = 0.99
     """Factor on all learning rates after each epoch."""
-
-    # the run
+    # ---- the run ----
     name: str = "kitti"
     """The run lives in out/NAME."""
     out: str = "out"
@@ -143,7 +143,7 @@ class Config:
     amp: bool = True
     """bfloat16 autocast on GPUs. Distances, logits and losses stay in float32."""
     compile: bool = False
-    """torch.compile the image encoder: a minute at the start of each image size, then faster steps."""
+    """torch.compile the image encoder, for any image size."""
     log_every: int = 10
     """Steps between lines of log.jsonl."""
     save_every: int = 200
@@ -156,7 +156,7 @@ PRESETS = {
         Config(
             data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",), num_points=4096, workers=1,
             image_scale=(512, 160), image_encoder="resnet18", places=128, point_hidden=256, image_hidden=512,
-            batch_size=4, epochs=1000, max_steps=160, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=40,
+            batch_size=4, epochs=1000, max_steps=140, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=35,
         ),
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config()),
@@ -164,7 +164,7 @@ PRESETS = {
 }  # fmt: skip
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
-FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every", "eval_splits"}
+FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every", "eval_splits", "eval_frames"}
 
 
 # -----------------------------------------------------------------------------
@@ -253,11 +253,9 @@ def build_image_encoder(name):
         raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
     try:
         import timm
-    except ImportError:
-        raise BadInput(f"--image-encoder {name}: timm is not installed (pip install timm)") from None
-    try:
+
         encoder = timm.create_model(name[5:], features_only=True)
-    except RuntimeError as e:
+    except (ImportError, RuntimeError) as e:  # no timm, or no such model
         raise BadInput(f"--image-encoder {name}: {str(e).splitlines()[0]}") from None
     encoder.channels, encoder.stride = encoder.feature_info.channels()[-1], encoder.feature_info.reduction()[-1]
     return encoder
@@ -285,6 +283,8 @@ class CountedNormReLU(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.autocast("cuda", enabled=False)  # else the sums below would be taken in bfloat16
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx, x, count, weight, bias, eps, sync):
         x32 = x if x.dtype == torch.float64 else x.float()
         count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
@@ -324,10 +324,9 @@ class PointLayer(nn.Module):
     `conv` and `bn` hold the parameters under the release's names and shapes; their own forward is not used.
     """
 
-    sync = False  # share batch statistics between ranks; set by `train` on GPUs
-
     def __init__(self, cin, cout, dims, eps):
         super().__init__()
+        self.sync = False  # share batch statistics between ranks; set by `train` on GPUs
         self.conv = (nn.Conv2d if dims == 2 else nn.Conv1d)(cin, cout, 1, bias=False)
         self.bn = (nn.BatchNorm2d if dims == 2 else nn.BatchNorm1d)(cout, eps=eps)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
@@ -473,7 +472,7 @@ def match_in_background(alpha, beta, T, visible, method):
     """Start matching a batch; the returned function waits for it. The host is free to launch the image encoder meanwhile.
 
     alpha, beta (B, P, 3) places, T (B, 4, 4), visible (B, P) bool, all on the device. The function returns partner (B, P),
-    distance (B, P) in metres of view alpha, visible (n,) flat indices: on the device, without a further wait for it.
+    distance (B, P) in metres of view alpha, visible (n,) flat indices, all on the device.
     """
     device = alpha.device
     host = [t.detach().to("cpu", non_blocking=True) for t in (alpha, beta, T, visible)]
@@ -627,8 +626,13 @@ def load_frames(c, run):
         synthetic.write_dataset(c.data_root[0], frames=c.synthetic_frames)
     run.any(False)  # a barrier: the other ranks wait for the scenes
     frames = [f for root in c.data_root for f in data.find_frames(root, c.splits, c.frame_stride, c.skip_missing)]
-    held_out = [f for root in c.data_root for f in data.find_frames(root, c.eval_splits)] if c.eval_splits else []
-    return frames, held_out
+    if len(frames) < c.batch_size:
+        raise BadInput(f"--batch-size {c.batch_size}: more than the {len(frames)} frames found")
+    held_out = [f for root in c.data_root if c.eval_splits for f in data.find_frames(root, c.eval_splits, skip_missing=c.skip_missing)]
+    seen = {f.image for f in frames} & {f.image for f in held_out}
+    if seen:
+        raise BadInput(f"--eval-splits {' '.join(c.eval_splits)}: {len(seen)} of its frames are trained on, {min(seen)} among them")
+    return frames, held_out[:: max(1, -(-len(held_out) // c.eval_frames))]
 
 
 def check_config(c, world):
@@ -636,12 +640,17 @@ def check_config(c, world):
     group = min(c.group, c.batch_size // world)
     if group < 1 or c.batch_size % (group * world):
         raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
+    for flag in ("places", "epochs", "log_every", "save_every", "frame_stride", "temperature", "eval_frames"):
+        if getattr(c, flag) <= 0:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(c, flag)}: must be above 0")
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
-    if len(c.image_scale) not in (2, 4):
-        raise BadInput(f"--image-scale {c.image_scale}: two numbers (width height) or four (smallest, then largest)")
+    if len(c.image_scale) not in (2, 4) or min(c.image_scale) < 32 or any(a > b for a, b in zip(c.image_scale, c.image_scale[2:])):
+        raise BadInput(f"--image-scale {' '.join(map(str, c.image_scale))}: two numbers (width height) or four (smallest, then largest), from 32 on")
     if not (c.intra_weight or c.inter_weight):
         raise BadInput("--intra-weight 0 --inter-weight 0: nothing to learn")
+    if not c.inter_weight and (c.init or c.compile):
+        raise BadInput("--inter-weight 0: there is no image encoder for --init or --compile")
     return group
 
 
@@ -655,20 +664,23 @@ def train(c):
     notes = [runtime.load_image_encoder(model.img_backbone, c.init)] if c.init else []
     if run.device.type == "cuda" and run.world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        PointLayer.sync = True
+        for layer in model.modules():
+            if isinstance(layer, PointLayer):
+                layer.sync = True
     optimizers = build_optimizers(model, c)
     owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())
+    frames, held_out = load_frames(c, run)
     folder = Path(c.out) / c.name
-    start = runtime.resume(folder / "last.pt", c, FREE, model, optimizers)
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(frames)}
+    start = runtime.resume(folder / "last.pt", identity, model, optimizers)
+    if run.any(start > 0) and not start:
+        raise BadInput(f"{folder}/last.pt: some processes see it and some do not; --out must be on a disk that all nodes share")
     if c.compile:
-        model.img_backbone.compile()
+        model.img_backbone.compile(dynamic=True)
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
 
     # ============ data ============
-    frames, held_out = load_frames(c, run)
-    if len(frames) < c.batch_size:
-        raise BadInput(f"--batch-size {c.batch_size}: more than the {len(frames)} frames found")
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, start, steps)
@@ -694,24 +706,27 @@ def train(c):
         for note in notes:
             print(note)
         print(f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}")
-        print(f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames, {group * c.places} pairs a pass")
+        smaller = f" (not {c.group}: --batch-size is too small for so many processes)" if group < c.group else ""
+        print(f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames{smaller}, {group * c.places} pairs a pass")
         print(f"steps {start} to {steps}, {steps_per_epoch} an epoch, into {folder}/")
 
     def save(step):
         if not run.main:
             return
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-        runtime.save_atomically(state | {"config": runtime.as_json(c), "git": runtime.git_revision(), "torch": str(torch.__version__)}, folder / "last.pt")
+        about = {"config": runtime.as_json(c), "identity": identity, "git": runtime.git_revision(), "torch": str(torch.__version__)}
+        runtime.save_atomically(state | about, folder / "last.pt")
         if c.inter_weight:
             about = {"arch": c.image_encoder, "mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB", "step": step}
-            runtime.save_atomically({"state_dict": model.img_backbone.state_dict(), **about}, folder / "backbone.pt")
+            weights = {k: v.cpu().contiguous() for k, v in model.img_backbone.state_dict().items()}
+            runtime.save_atomically({"state_dict": weights, **about}, folder / "backbone.pt")
 
     asked_to_stop = runtime.catch_signals()
 
     # ============ the loop ============
     model.train()
     bar = tqdm(total=steps, initial=start, disable=not run.main, dynamic_ncols=True, mininterval=1)
-    clock = runtime.Clock()
+    clock, stopping = runtime.Clock(), False
     for step in range(start, steps):
         for optimizer in optimizers:
             for g in optimizer.param_groups:
@@ -747,7 +762,7 @@ def train(c):
         if stopping:
             break
     bar.close()
-    if not asked_to_stop:
+    if not stopping:
         finish(model, c, run, frames, held_out, folder)
 
 
@@ -759,26 +774,25 @@ def finish(model, c, run, frames, held_out, folder):
         evaluate.draw_curves(folder / "log.jsonl", folder / "curves.png")
         view = data.augment(data.collate([data.PretrainFrames(frames, c)[(0, 0)]]), evaluate.image_box(c), run.device)
         evaluate.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
-        print(f"wrote log.jsonl, last.pt, backbone.pt, curves.png, pairs.png into {folder}/")
+        print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out and c.inter_weight:
         torch.manual_seed(c.seed)
         networks = {"untrained": SimIPU(c).to(run.device), "trained": model}
         # on every rank, though one will print: recalibrating batch norm talks to the other ranks
-        table = evaluate.match_table({name: evaluate.match(network, held_out, c, run.device) for name, network in networks.items()})
+        rows = {name: evaluate.match(network, held_out, c, run.device) for name, network in networks.items()}
         if run.main:
             print(f"\nmatching on {len(held_out)} frames not trained on: median rank of the true pixel among a frame's places, 0 best, 50 % chance")
-            print("\n".join(table))
+            print("\n".join(evaluate.match_table(rows)))
 
 
 def main():
     c = tyro.extras.overridable_config_cli(PRESETS)
     try:
         train(c)
-    except BadInput as e:
+    except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
         raise SystemExit(f"error: {e}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

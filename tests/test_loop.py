@@ -14,8 +14,9 @@ import torch.multiprocessing as mp
 
 import simipu
 
-MINI = ["--places", 32, "--num-points", 1024, "--image-scale", 160, 64, "--point-hidden", 32, "--image-hidden", 32, "--embed-dim", 32]
-MINI += ["--batch-size", 4, "--workers", 0, "--log-every", 1, "--eval-splits"]
+SMALL = ["--places", 32, "--num-points", 1024, "--image-scale", 160, 64, "--point-hidden", 32, "--image-hidden", 32, "--embed-dim", 32]
+SMALL += ["--batch-size", 4, "--log-every", 1]
+MINI = ["--eval-splits", *SMALL, "--workers", 0]  # no splits: no evaluation at the end
 SAME = ("intra", "inter", "intra_top1", "inter_top1", "match_m", "intra_positive", "inter_negative", "inter_std")
 
 
@@ -29,8 +30,8 @@ def figures(folder):
 
 def test_demo_in_miniature(run_script, tmp_path):
     """Writes its scenes, learns, draws, judges itself on held-out scenes; a second run with the same seed has the same losses."""
-    demo = ["demo", "--synthetic-frames", 8, *MINI[:-1], "--max-steps", 30, "--workers", 1]
-    done = run_script("simipu.py", *demo)
+    demo = ["demo", "--synthetic-frames", 8, *SMALL]
+    done = run_script("simipu.py", *demo, "--max-steps", 30, "--workers", 1)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out" / "demo"
     assert sorted(p.name for p in out.iterdir()) == ["backbone.pt", "curves.png", "last.pt", "log.jsonl", "pairs.png"]
@@ -44,10 +45,10 @@ def test_demo_in_miniature(run_script, tmp_path):
         assert np.mean(values[-6:]) < np.mean(values[:6]) - 0.1, values
     assert {"lr", "data_ms", "step_ms", "samples_per_s", "match_m", "visible", "intra_std", "inter_positive", "inter_negative"} <= log[0].keys()
     assert "matching on 2 frames not trained on" in done.stdout and "untrained" in done.stdout
-    again = run_script("simipu.py", *demo, "--name", "again", "--workers", 0, "--max-steps", 5)
+    again = run_script("simipu.py", *demo, "--name", "again", "--workers", 0, "--max-steps", 5)  # loaded by other processes
     assert again.returncode == 0, again.stderr
     assert figures(tmp_path / "out" / "again") == figures(out)[:5]
-    other = run_script("simipu.py", *demo, "--name", "other", "--seed", 1, "--max-steps", 2)
+    other = run_script("simipu.py", *demo, "--name", "other", "--seed", 1, "--workers", 0, "--max-steps", 2)
     assert other.returncode == 0 and figures(tmp_path / "out" / "other")[1][2:] != figures(out)[1][2:]
 
 
@@ -85,24 +86,50 @@ def test_two_processes(run_script, scenes, tmp_path):
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_resume_is_exact(run_script, scenes, tmp_path, processes):
-    """Stopped after 3 steps and started again: every later line of the log is that of the run that never stopped."""
-    start = ["demo", "--data-root", scenes, *MINI, "--group", 1, "--save-every", 3]
+    """Stopped after 3 steps and started again: every later line of the log, and every bit of the last checkpoint's weights and
+    optimisers, is that of the run that never stopped. Image sizes change from step to step, gradients accumulate."""
+    start = ["demo", "--data-root", scenes, *MINI, "--group", 1, "--save-every", 3, "--image-scale", 96, 64, 192, 96]
     for arguments in (["--max-steps", 6, "--name", "whole"], ["--max-steps", 3], ["--max-steps", 6]):
         done = run_script("simipu.py", *start, *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
     assert "steps 3 to 6" in done.stdout
     assert figures(tmp_path / "out" / "demo") == figures(tmp_path / "out" / "whole")
+    stopped, whole = (torch.load(tmp_path / "out" / name / "last.pt", weights_only=True) for name in ("demo", "whole"))
+    for part in ("model", "optimizers", "step"):
+        assert flat(stopped[part]) == flat(whole[part]), part
+
+
+def flat(state):
+    """Nested dicts and lists of tensors as one comparable list."""
+    if torch.is_tensor(state):
+        return state.flatten().tolist()
+    return [flat(v) for v in (state.values() if isinstance(state, dict) else state)] if isinstance(state, (dict, list)) else state
+
+
+def test_two_processes_make_the_step_of_one_that_accumulates(run_script, scenes, tmp_path):
+    """The same groups, so the same gradients: the weights after two steps agree to float32's rounding."""
+    start = ["demo", "--data-root", scenes, *MINI, "--group", 2, "--max-steps", 2, "--image-optimizer", "sgd", "--point-lr", 1e-4]
+    for name, processes in (("one", 0), ("two", 2)):
+        done = run_script("simipu.py", *start, "--name", name, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["model"] for name in ("one", "two"))
+    for name in one:
+        if "running" not in name and "num_batches" not in name:  # a process keeps the statistics of its own groups
+            assert (one[name] - two[name]).norm() <= 2e-3 * one[name].norm() + 1e-6, name
 
 
 def test_sigterm_saves_and_leaves(scenes, tmp_path):
     command = [sys.executable, simipu.__file__, "demo", "--data-root", scenes, *MINI, "--max-steps", 500]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
     log = tmp_path / "out" / "demo" / "log.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    try:
+        deadline = time.time() + 600
+        while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 0
+    finally:
+        process.kill()
     saved = torch.load(tmp_path / "out" / "demo" / "last.pt", weights_only=True)
     assert saved["step"] == read_log(log.parent)[-1]["step"] < 500
 
@@ -110,7 +137,7 @@ def test_sigterm_saves_and_leaves(scenes, tmp_path):
 def test_kitti_mini(run_script, kitti, tmp_path):
     """The paper's networks and losses on real frames, on a CPU."""
     arguments = ["kitti", "--data-root", kitti.resolve(), "--splits", "train", "test", "--batch-size", 4, "--max-steps", 8, "--image-scale", 640, 192]
-    done = run_script("simipu.py", *arguments, "--workers", 1, "--log-every", 1, timeout=900)
+    done = run_script("simipu.py", *arguments, "--workers", 1, "--log-every", 1)
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "out" / "kitti")
     assert [line["step"] for line in log] == list(range(1, 9))
@@ -119,19 +146,20 @@ def test_kitti_mini(run_script, kitti, tmp_path):
 
 
 def test_kitti_raw(run_script, kitti, tmp_path):
+    if not (kitti / "raw").is_dir():
+        pytest.skip("no raw drives beside it")
     arguments = ["kitti_raw", "--data-root", (kitti / "raw").resolve(), *MINI, "--max-steps", 2, "--image-encoder", "resnet18"]
     done = run_script("simipu.py", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "8 frames" in done.stdout and len(read_log(tmp_path / "out" / "kitti_raw")) == 2
+    assert len(read_log(tmp_path / "out" / "kitti_raw")) == 2
 
 
 # -----------------------------------------------------------------------------
 # --gather-negatives: two processes on halves of a batch are one process on all of it
 
 
-def _gather_worker(rank, port, uneven, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
+def _gather_worker(rank, uneven, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=2)
     x, y, weight = _gather_problem()
     weight = torch.nn.Parameter(weight)
     cut = 9 if uneven else 12
@@ -155,7 +183,7 @@ def _gather_problem():
 @pytest.mark.parametrize("uneven", [False, True])
 def test_gathered_negatives_equal_one_process_on_the_whole_batch(tmp_path, uneven):
     out = tmp_path / "result.pt"
-    mp.spawn(_gather_worker, (29600 + os.getpid() % 300 + uneven, uneven, out), nprocs=2)
+    mp.spawn(_gather_worker, (uneven, out), nprocs=2)
     result = torch.load(out)
     x, y, weight = _gather_problem()
     weight.requires_grad_()
@@ -170,11 +198,10 @@ def test_gathered_negatives_equal_one_process_on_the_whole_batch(tmp_path, uneve
 # batch statistics shared between ranks, as on GPUs
 
 
-def _sync_worker(rank, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group("gloo")
+def _sync_worker(rank, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=2)
     layer, x, count, coefficients = _sync_problem()
-    simipu.PointLayer.sync = True
+    layer.sync = True
     half = slice(0, 7) if rank == 0 else slice(7, 20)
     part = x[half].clone().requires_grad_()
     (layer(part, count[half]) * coefficients[half]).sum().backward()
@@ -192,7 +219,7 @@ def _sync_problem():
 
 
 def test_synchronised_point_layers_equal_one_process_on_all_rows(tmp_path):
-    mp.spawn(_sync_worker, (29950 + os.getpid() % 40, tmp_path / "sync"), nprocs=2)
+    mp.spawn(_sync_worker, (tmp_path / "sync",), nprocs=2)
     ranks = [torch.load(tmp_path / f"sync.{rank}") for rank in range(2)]
     layer, x, count, coefficients = _sync_problem()
     x.requires_grad_()

@@ -215,7 +215,7 @@ def test_ball_query_as_in_mmdetection3d(path):
 
 def bilinear_oracle(feature_map, uv):
     """Written out, in the precision of its inputs, and differentiable; uv must be finite."""
-    (B, C, H, W), out = feature_map.shape, 0
+    (B, _, H, W), out = feature_map.shape, 0
     padded = F.pad(feature_map, (3, 3, 3, 3))
     left, top = uv.detach().floor().unbind(2)
     for right in (0, 1):
