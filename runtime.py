@@ -120,10 +120,10 @@ def catch_signals():
     return caught
 
 
-def leave_signals_to_parent(_):
-    """For DataLoader workers: Ctrl-C reaches the whole group of processes, and the parent still wants its batch."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def leave_ctrl_c_to_parent(_):
+    """For DataLoader workers: Ctrl-C reaches the whole group of processes, and the parent still wants its batch. (SIGTERM must stay:
+    it is how Python ends workers that are left over at its exit, and it would wait for deaf ones forever.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cut_log(path, step):

@@ -107,15 +107,17 @@ def flat(state):
 
 
 def test_two_processes_make_the_step_of_one_that_accumulates(run_script, scenes, tmp_path):
-    """The same groups, so the same gradients: the weights after two steps agree to float32's rounding."""
-    start = ["demo", "--data-root", scenes, *MINI, "--group", 2, "--max-steps", 2, "--image-optimizer", "sgd", "--point-lr", 1e-4]
+    """The same groups, so the same gradients: after one step the optimisers' averages, which are the gradients scaled, agree."""
+    start = ["demo", "--data-root", scenes, *MINI, "--group", 2, "--max-steps", 1, "--image-optimizer", "sgd"]
+    gradients = {}
     for name, processes in (("one", 0), ("two", 2)):
         done = run_script("simipu.py", *start, "--name", name, processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["model"] for name in ("one", "two"))
-    for name in one:
-        if "running" not in name and "num_batches" not in name:  # a process keeps the statistics of its own groups
-            assert (one[name] - two[name]).norm() <= 2e-3 * one[name].norm() + 1e-6, name
+        optimizers = torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["optimizers"]
+        states = [state for o in optimizers for state in o["state"].values()]
+        gradients[name] = torch.cat([(s["exp_avg"] / 0.05 if "exp_avg" in s else s["momentum_buffer"]).flatten() for s in states])
+    one, two = gradients.values()
+    assert one.norm() > 1e-3 and (one - two).norm() < 1e-3 * one.norm()
 
 
 def test_sigterm_saves_and_leaves(scenes, tmp_path):
