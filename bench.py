@@ -238,6 +238,8 @@ class Bench:
         )  # fmt: skip
         simipu.check_config(c, 1)
         self.frames, _ = simipu.load_frames(c, self.run)
+        if samples > len(self.frames):
+            raise BadInput(f"--samples {samples}: more than the {len(self.frames)} frames found")
 
         self.box = evaluate.image_box(c)
         dataset, start = data.PretrainFrames(self.frames, c), time.perf_counter()

@@ -626,8 +626,6 @@ def load_frames(c, run):
         synthetic.write_dataset(c.data_root[0], frames=c.synthetic_frames)
     run.any(False)  # a barrier: the other ranks wait for the scenes
     frames = [f for root in c.data_root for f in data.find_frames(root, c.splits, c.frame_stride, c.skip_missing)]
-    if len(frames) < c.batch_size:
-        raise BadInput(f"--batch-size {c.batch_size}: more than the {len(frames)} frames found")
     held_out = [f for root in c.data_root if c.eval_splits for f in data.find_frames(root, c.eval_splits, skip_missing=c.skip_missing)]
     seen = {f.image for f in frames} & {f.image for f in held_out}
     if seen:
@@ -671,6 +669,8 @@ def train(c):
     owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())
     frames, held_out = load_frames(c, run)
+    if len(frames) < c.batch_size:
+        raise BadInput(f"--batch-size {c.batch_size}: more than the {len(frames)} frames found")
     folder = Path(c.out) / c.name
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(frames)}
     start = runtime.resume(folder / "last.pt", identity, model, optimizers)
