@@ -246,7 +246,8 @@ class Bench:
         raw = data.collate([dataset[(0, i)] for i in range(samples)])
         self.decode_ms = 1e3 * (time.perf_counter() - start)
         self.batch = self.augment(raw)
-        self.model = simipu.SimIPU(c).to(self.device, memory_format=torch.channels_last).train()
+        self.model = simipu.SimIPU(c).to(self.device).train()
+        self.model.img_backbone.to(memory_format=torch.channels_last)  # not the points' layers: their peer's Conv2d would lose digits
 
         triton = f", triton {metadata.version('triton')}" if ops.triton else ""
         machine = f"{torch.cuda.get_device_name() if self.cuda else cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}{triton}"
