@@ -106,6 +106,21 @@ def flat(state):
     return [flat(v) for v in (state.values() if isinstance(state, dict) else state)] if isinstance(state, (dict, list)) else state
 
 
+def test_two_processes_make_the_step_of_one_that_accumulates(run_script, scenes, tmp_path):
+    """The same groups, so the same gradients, but for rounding (two threads or one) that may
+    flip a sampled place: under 1 % where a wrong average or a wrong group makes them differ by their own size."""
+    start = ["demo", "--data-root", scenes, *MINI, "--group", 2, "--max-steps", 1, "--image-optimizer", "sgd"]
+    gradients = {}
+    for name, processes in (("one", 0), ("two", 2)):
+        done = run_script("simipu.py", *start, "--name", name, processes=processes)
+        assert done.returncode == 0, done.stderr
+        optimizers = torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["optimizers"]
+        states = [state for o in optimizers for state in o["state"].values()]
+        gradients[name] = torch.cat([(s["exp_avg"] / 0.05 if "exp_avg" in s else s["momentum_buffer"]).flatten() for s in states])
+    one, two = gradients.values()
+    assert one.norm() > 1e-3 and (one - two).norm() < 0.05 * one.norm()
+
+
 def test_sigterm_saves_and_leaves(scenes, tmp_path):
     command = [sys.executable, simipu.__file__, "demo", "--data-root", scenes, *MINI, "--max-steps", 500]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
