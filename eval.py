@@ -7,6 +7,7 @@ alone, which lowers both; only the gap between the two is what the network sees 
 """
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -16,9 +17,25 @@ import torch.nn.functional as F
 
 import data
 import ops_triton as ops
+import runtime
+import simipu
+from data import BadInput
 
 
 RECALIBRATE = 32  # frames that batch norm statistics are taken from
+
+
+def load_model(path, device="cpu"):
+    """The whole model of a run's last.pt, in eval mode, and its Config. Raises BadInput for any other file."""
+    saved = runtime.read_checkpoint(path)
+    if not isinstance(saved, dict) or not {"model", "config"} <= saved.keys():
+        raise BadInput(f"{path}: not a last.pt of simipu.py")
+    known = {f.name: f for f in dataclasses.fields(simipu.Config)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in known}
+    c = simipu.Config(**values)
+    model = simipu.SimIPU(c)
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), c
 
 
 def load_unseen(frame, index, c):

@@ -1,7 +1,9 @@
-"""What every training script needs and no method is about: processes, seeds, timing, weights, checkpoints."""
+"""What every script needs and no method is about: the command line, processes, seeds, timing, checkpoints."""
 
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import os
 import signal
@@ -12,8 +14,37 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import tyro
 
 from data import BadInput
+
+
+def command_line(parse, run=lambda action: action()):
+    """run(what `parse()`, a call of tyro, makes of the arguments). Wrong arguments, which tyro answers with a box and status 2,
+    and any BadInput become one line on stderr and exit status 1."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = parse()
+    except SystemExit as e:
+        if not e.code:
+            raise  # --help
+        text = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        text = text[: next((i for i, line in enumerate(text) if line.startswith("───")), None)]
+        raise SystemExit("error: " + " ".join(text or said.getvalue().split())) from None
+    try:
+        run(parsed)
+    except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
+        raise SystemExit(f"error: {e}") from None
+
+
+def commands(functions, description):
+    """The command line of a script with subcommands, {name: function}; a function's arguments are its flags."""
+
+    def later(f):  # tyro would call f while what it says is still being caught
+        return functools.wraps(f)(lambda *args, **kwargs: functools.partial(f, *args, **kwargs))
+
+    command_line(lambda: tyro.extras.subcommand_cli_from_dict({name: later(f) for name, f in functions.items()}, description=description))
 
 
 @dataclass

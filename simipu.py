@@ -786,11 +786,7 @@ def finish(model, c, run, frames, held_out, folder):
 
 
 def main():
-    c = tyro.extras.overridable_config_cli(PRESETS)
-    try:
-        train(c)
-    except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
-        raise SystemExit(f"error: {e}") from None
+    runtime.command_line(lambda: tyro.extras.overridable_config_cli(PRESETS), train)
     if dist.is_initialized():
         dist.destroy_process_group()
 
