@@ -16,6 +16,7 @@ Pixels are (u, v) with (0, 0) at the centre of the top-left pixel. Points are x,
 Wrong input raises `BadInput`, one line that names the file.
 """
 
+import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Frame:
     image: Path
     cloud: Path
     calib: tuple[Path, ...]  # one file: KITTI object; two: KITTI raw (cam_to_cam, velo_to_cam)
+    drive: str | None = None  # the recording it is from, where that is known
 
 
 def find_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
@@ -79,6 +81,23 @@ def find_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
     return frames
 
 
+def find_held_out(c, frames):
+    """The frames of --eval-splits (`c` is simipu.Config), none of them among `frames`, which are trained on. -> frames, a note to
+    print or None. Raises BadInput as `find_frames`, for frames that are trained on, and for fewer than two."""
+    if not c.eval_splits:
+        return [], None
+    held_out = [f for root in c.eval_root or c.data_root for f in find_frames(root, c.eval_splits, 1, c.skip_missing)]
+    held_out = held_out[:: max(1, -(-len(held_out) // c.eval_frames))]
+    splits = f"--eval-splits {' '.join(c.eval_splits)}"
+    seen = sorted(set(inventory(frames)) & set(inventory(held_out)))
+    if seen:
+        raise BadInput(f"{splits}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
+    if len(held_out) < 2:
+        raise BadInput(f"{splits}: judging needs two frames or more, for the other frame's image")
+    drives = sorted({f.drive for f in frames if f.drive} & {f.drive for f in held_out})
+    return held_out, f"note: {splits} shares {len(drives)} drives with training, {drives[0]} among them: its figures will flatter" if drives else None
+
+
 def _object_frames(root, split):
     folder = root / ("testing" if split == "test" else "training")
     listing = root / "ImageSets" / f"{split}.txt"
@@ -90,10 +109,24 @@ def _object_frames(root, split):
         raise BadInput(f"{listing}: missing; it lists the frames of split '{split}', one id a line (--splits trainval takes the whole training folder)")
     if not ids:
         raise BadInput(f"{listing}: split '{split}' is empty")
+    drives = _object_drives(root / "mapping") if folder.name == "training" else {}
     return [
-        Frame(f"{folder.name}/{i}", _png_or_jpg(folder / "image_2" / i), folder / "velodyne" / f"{i}.bin", (folder / "calib" / f"{i}.txt",))
+        Frame(f"{folder.name}/{i}", _png_or_jpg(folder / "image_2" / i), folder / "velodyne" / f"{i}.bin", (folder / "calib" / f"{i}.txt",), drives.get(i))
         for i in ids
     ]
+
+
+def _object_drives(folder):
+    """{frame: drive} of the object layout's training folder, from the `mapping` folder of KITTI's devkit where a user put it: line
+    n of train_mapping.txt is a raw frame, and number i of train_rand.txt says which line frame i is, counted from 1."""
+    mapping, order = folder / "train_mapping.txt", folder / "train_rand.txt"
+    if not (mapping.is_file() and order.is_file()):
+        return {}
+    try:
+        drives = [line.split()[1] for line in mapping.read_text().splitlines()]
+        return {f"{i:06d}": drives[int(line) - 1] for i, line in enumerate(order.read_text().replace(",", " ").split())}
+    except (IndexError, ValueError):
+        raise BadInput(f"{folder}: train_mapping.txt and train_rand.txt do not fit each other") from None
 
 
 def _raw_frames(root, frame_stride, skip_missing):
@@ -109,13 +142,18 @@ def _raw_frames(root, frame_stride, skip_missing):
         calib = (drive.parent / "calib_cam_to_cam.txt", drive.parent / "calib_velo_to_cam.txt")
         for i in sorted(clouds | images)[::frame_stride]:
             image = _png_or_jpg(drive / "image_02" / "data" / i)
-            frames.append(Frame(f"{drive.name}/{i}", image, drive / "velodyne_points" / "data" / f"{i}.bin", calib))
+            frames.append(Frame(f"{drive.name}/{i}", image, drive / "velodyne_points" / "data" / f"{i}.bin", calib, drive.name))
     return frames
 
 
+def inventory(frames):
+    """One line a frame, in order: its name, and the bytes of its image and cloud. Equal lines are equal data, wherever they lie."""
+    return [f"{f.name} {f.image.stat().st_size} {f.cloud.stat().st_size}" for f in frames]
+
+
 def fingerprint(frames):
-    """A short hash of which frames, in which order: the same order of the same names is the same run."""
-    return hashlib.sha256("\n".join(f.name for f in frames).encode()).hexdigest()[:16]
+    """A short hash of which frames, of which sizes, in which order: the same is the same run."""
+    return hashlib.sha256("\n".join(inventory(frames)).encode()).hexdigest()[:16]
 
 
 def _png_or_jpg(stem):
@@ -234,6 +272,27 @@ def random_view(rng, rotation, scale, translation, flip):
     return np.diag([1.0, -1.0 if flip else 1.0, 1.0, 1.0]) @ T
 
 
+def random_window(rng, crop, shift):
+    """The part of the image that a network gets to see, as (left, top, size) in shares of the image's width and height: its size
+    U(*crop), above 1 to look from further away, its place inside (or around) the image U, then moved by U(-1, 1) * shift."""
+    size = rng.uniform(*crop)
+    corner = rng.uniform(0, 1, 2) * (1 - size) + rng.uniform(-1, 1, 2) * shift
+    return np.array([*corner, size])
+
+
+def random_colour(rng, jitter):
+    """Colour jitter as one affine map of RGB in [0, 1], (3, 4) float64. jitter: brightness, contrast (about mid-grey), saturation,
+    each a factor U(1 - x, 1 + x); and hue, a turn about the grey axis by U(-x, x) of a circle."""
+    brightness, contrast, saturation = rng.uniform(-1, 1, 3) * jitter[:3] + 1
+    angle = 2 * np.pi * rng.uniform(-1, 1) * jitter[3]
+    axis = np.ones(3) / np.sqrt(3)
+    cross = np.cross(np.eye(3), axis)
+    hue = np.cos(angle) * np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * np.outer(axis, axis)  # Rodrigues
+    grey = np.outer(np.ones(3), (0.299, 0.587, 0.114))
+    M = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * grey) @ hue
+    return np.hstack([M, np.full((3, 1), 0.5 * (1 - contrast))])
+
+
 def random_image_scale(image_scale, seed, step):
     """The (width, height) box that every image of this step is resized into. Two numbers: always that box; four: long edge
     U(first, third), short edge U(second, fourth), as mmdetection's `multiscale_mode="range"` draws them."""
@@ -270,8 +329,8 @@ class Batches:
 
 
 class PretrainFrames(torch.utils.data.Dataset):
-    """Frames with all their randomness, by (epoch, index). `c` is simipu.Config: num_points, rotation, scale, translation,
-    flip and seed are read. A broken frame comes back as a BadInput instead of a sample, so that the process that owns the
+    """Frames with all their randomness, by (epoch, index). `c` is simipu.Config, of which the fields under "the second view" and
+    "the image", num_points, pairs and seed are read. A broken frame comes back as a BadInput instead of a sample, so that the process that owns the
     terminal can report it in one line (a worker's exception would arrive as a page of traceback)."""
 
     def __init__(self, frames, c):
@@ -283,13 +342,18 @@ class PretrainFrames(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([SAMPLE, self.c.seed, epoch, index])
+        frame = self.frames[index]
+        if self.c.pairs == "wrong":
+            frame = dataclasses.replace(frame, image=self.frames[(index + rng.integers(1, len(self.frames))) % len(self.frames)].image)
         try:
-            sample = load_frame(self.frames[index], self.c.num_points, rng)
+            sample = load_frame(frame, self.c.num_points, rng)
         except BadInput as e:
             return e
         sample["flip"] = bool(rng.random() < self.c.flip)  # one coin for the image and for view beta, as in the release
         sample["T"] = random_view(rng, self.c.rotation, self.c.scale, self.c.translation, sample["flip"])
         sample["shuffle"] = rng.permutation(self.c.num_points)
+        sample["window"] = random_window(rng, self.c.crop, self.c.shift)
+        sample["colour"] = random_colour(rng, self.c.jitter)
         sample["index"] = index
         return sample
 
@@ -313,26 +377,27 @@ def collate(samples):
 # on the device
 
 
-def image_affine(size, box, flip):
-    """The affine A that resizes images to fit into `box`, keeping their ratio, and flips them where asked.
+def image_affine(size, box, flip, window):
+    """The affine A that resizes images to fit into `box`, keeping their ratio, then shows their `window` alone, in that same size,
+    and flips them where asked.
 
-    size (B, 2) (width, height), box (width, height), flip (B,) bool -> A (B, 3, 3) float64, resized size (B, 2) int64.
-    Resize by s maps u to (u + 0.5) s - 0.5; a flip maps u to W - 1 - u.
+    size (B, 2) (width, height), box (width, height), flip (B,) bool, window (B, 3) of `random_window` -> A (B, 3, 3) float64,
+    resized size (B, 2) int64. Resize by s maps u to (u + 0.5) s - 0.5; a flip maps u to W - 1 - u.
     """
     ratio = (torch.tensor(box, dtype=torch.float64) / size).amin(1, keepdim=True)
     resized = (size * ratio).round().long().clamp_(min=1)
-    s = resized / size.double()
+    s = resized / size.double() / window[:, 2:]
     A = torch.eye(3, dtype=torch.float64).repeat(len(size), 1, 1)
-    A[:, 0, 0], A[:, 1, 1], A[:, :2, 2] = s[:, 0], s[:, 1], 0.5 * s - 0.5
+    A[:, 0, 0], A[:, 1, 1], A[:, :2, 2] = s[:, 0], s[:, 1], (0.5 - window[:, :2] * size) * s - 0.5
     mirror = torch.eye(3, dtype=torch.float64).repeat(len(size), 1, 1)
     mirror[flip, 0, 0], mirror[flip, 0, 2] = -1.0, (resized[flip, 0] - 1).double()
     return mirror @ A, resized
 
 
-def warp_images(images, size, A, out_size):
+def warp_images(images, size, A, colour, out_size):
     """Bilinear resampling by one affine an image. images (B, 3, H, W) uint8 on a shared canvas, size (B, 2) (width, height),
-    A (B, 3, 3) old pixels to new, out_size (width, height) -> (B, 3, height, width) float32 normalised by ImageNet's
-    mean and standard deviation; 0, the mean colour, outside the image."""
+    A (B, 3, 3) old pixels to new, colour (B, 3, 4) of `random_colour`, out_size (width, height) -> (B, 3, height, width) float32
+    normalised by ImageNet's mean and standard deviation; 0, the mean colour, outside the image."""
     width, height = out_size
     inverse = torch.linalg.inv(A.double()).to(images.device, torch.float32, non_blocking=True)[:, :, :, None, None]
     v, u = torch.meshgrid(torch.arange(height, device=images.device), torch.arange(width, device=images.device), indexing="ij")
@@ -343,6 +408,9 @@ def warp_images(images, size, A, out_size):
     x, y = torch.minimum(x.clamp(min=0), w - 1), torch.minimum(y.clamp(min=0), h - 1)
     grid = torch.stack([x * 2 / (images.shape[3] - 1) - 1, y * 2 / (images.shape[2] - 1) - 1], -1)
     warped = F.grid_sample(images.float(), grid, mode="bilinear", align_corners=True)  # (B, 3, height, width)
+    if (colour != torch.eye(3, 4)).any():  # on the host: no GPU is waited for
+        M = (colour * torch.tensor([1.0, 1.0, 1.0, 255.0])).to(images.device, torch.float32, non_blocking=True)
+        warped = (torch.einsum("bij,bjhw->bihw", M[:, :, :3], warped) + M[:, :, 3, None, None]).clamp_(0, 255)
     mean, std = (255 * torch.tensor(t, device=images.device).view(3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
     return (warped - mean) / std * valid[:, None]
 
@@ -359,12 +427,12 @@ def augment(batch, box, device):
     -> dict: image (B, 3, H, W) float32 normalised, H and W multiples of 32; alpha, beta (B, N, 4), the two views, shuffled
     independently; T (B, 4, 4), alpha to beta; lidar2img (B, 3, 4), alpha to pixels of `image`; index (B,), the frames.
     """
-    A, resized = image_affine(batch["size"], box, batch["flip"])
+    A, resized = image_affine(batch["size"], box, batch["flip"], batch["window"])
     out_size = [-(-int(edge) // SIZE_DIVISOR) * SIZE_DIVISOR for edge in resized.amax(0)]
     lidar2img = (A @ batch["lidar2img"]).float().to(device, non_blocking=True)
     T = batch["T"].float().to(device, non_blocking=True)
     alpha = batch["points"].to(device, non_blocking=True)
     shuffle = batch["shuffle"].to(device, non_blocking=True)
     beta = transform(alpha, T).gather(1, shuffle[..., None].expand(-1, -1, 4))
-    image = warp_images(batch["image"].to(device, non_blocking=True), batch["size"], A, out_size)
+    image = warp_images(batch["image"].to(device, non_blocking=True), batch["size"], A, batch["colour"], out_size)
     return {"image": image, "alpha": alpha, "beta": beta, "T": T, "lidar2img": lidar2img, "index": batch["index"]}

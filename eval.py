@@ -38,16 +38,24 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), c
 
 
-def load_unseen(frame, index, c):
-    """One frame for evaluation: no rotation, scale or flip, and the same points every time."""
-    rng = np.random.default_rng([data.SAMPLE, 0, 0, index])
-    sample = data.load_frame(frame, c.num_points, rng)
-    return sample | {"flip": False, "T": np.eye(4), "shuffle": rng.permutation(c.num_points), "index": index}
-
-
 def image_box(c):
     """The size images are judged at: the training size, or KITTI's own where training draws from a range."""
     return tuple(c.image_scale) if len(c.image_scale) == 2 else (1242, 375)
+
+
+class Unseen:
+    """Frames as evaluation sees them: whole images with their own colours, the same points and the same second view every time."""
+
+    def __init__(self, frames, c, device):
+        plain = {"seed": 0, "pairs": "true", "flip": 0.0, "crop": (1.0, 1.0), "shift": (0.0, 0.0), "jitter": (0.0,) * 4}
+        self.frames = data.PretrainFrames(frames, dataclasses.replace(c, **plain))
+        self.box, self.device = image_box(c), device
+
+    def batch(self, indices):
+        batch = data.collate([self.frames[(0, i)] for i in indices])
+        if isinstance(batch, BadInput):
+            raise batch
+        return data.augment(batch, self.box, self.device)
 
 
 @torch.no_grad()
@@ -59,59 +67,89 @@ def recalibrated(model, batches):
     for i, batch in enumerate(batches):
         for norm in norms:
             norm.momentum = 1 / (i + 1)
-        model(batch)
+        model(batch, report=False)
     return model.eval()
+
+
+# -----------------------------------------------------------------------------
+# matching on frames never trained on
+
+
+def ranks(query, key, temperature):
+    """How well each query (n, D) points out its own key (n, D) among all. -> (3, n): share of the other keys that beat it, in
+    percent; whether none does (a tie is no success); cross-entropy less its chance level ln n. l2-normalised here."""
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature  # (n, n)
+    own = logits.diagonal()[:, None]
+    beaten_by = ((logits > own).sum(1) + ((logits == own).sum(1) - 1) / 2) / max(len(logits) - 1, 1)
+    excess = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none") - math.log(len(logits))
+    return torch.stack([100 * beaten_by, ((logits >= own).sum(1) == 1).float(), excess]).cpu()
 
 
 @torch.no_grad()
 def match(model, frames, c, device):
-    """Rank of the true image feature, for the right image and for another frame's. Needs both branches of the model.
+    """Does a place point out its own pixel, and its own partner in the other view, on these frames (two or more)?
 
-    -> dict of right and wrong, each dict of rank: median over places of the share of candidates that beat the true one, in
-    percent (50 is chance, 0 perfect); top1: share of places whose true feature is the best; excess: mean cross-entropy less
-    its chance level ln(candidates). Further gap: median rank wrong - right, in points, with its 95 % interval over frames
-    (bootstrap). Deterministic. One frame is held at a time; the other image is the frame's before it.
+    -> dict of, for `right` (the frame's image) and `wrong` (another frame's image at the same pixels): _rank, the median over
+    places of the share of candidates, the frame's places, that beat the true one, in percent (50 is chance, 0 perfect); _top1,
+    the share of places whose true one is the best; _excess, mean cross-entropy less its chance level ln(candidates). `gap` is
+    wrong_rank - right_rank, in points, and `gap_interval` its 95 % interval over frames (bootstrap). The same three for `intra`,
+    against the matched places of the other view. A branch that the model lacks has no figures. Deterministic; one frame is held
+    at a time. The other image is that of a frame half the list away, for neighbours may be near copies.
     """
-    view = lambda chosen: data.augment(data.collate([load_unseen(frames[i], i, c) for i in chosen]), image_box(c), device)
+    unseen = Unseen(frames, c, device)
     few = range(min(len(frames), RECALIBRATE))
-    model = recalibrated(model, (view(few[i : i + c.group]) for i in range(0, len(few), c.group)))
+    model = recalibrated(model, (unseen.batch(few[i : i + c.group]) for i in range(0, len(few), c.group)))
 
-    per_frame = {"right": [], "wrong": []}
-    other = model.img_backbone(view([len(frames) - 1])["image"])[-1]
-    for i in range(len(frames)):
-        v = view([i])
-        own = model.img_backbone(v["image"])[-1]
-        places, features = model.pts_backbone(v["alpha"])
-        uv, depth = data.project(places, v["lidar2img"])
-        seen = data.inside_image(uv, depth, *v["image"].shape[:1:-1])[0]
-        query = F.normalize(model.mlp_cross_points(features[0][seen]), dim=1)  # (n, 128)
-        for which, feature_map in (("right", own), ("wrong", other)):
-            sampled = ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0][seen]
-            logits = query @ F.normalize(model.mlp_cross_img(sampled), dim=1).T / c.temperature  # (n, n)
-            true = logits.diagonal()[:, None]
-            beaten_by = ((logits > true).sum(1) + ((logits == true).sum(1) - 1) / 2) / max(len(logits) - 1, 1)
-            excess = F.cross_entropy(logits, torch.arange(len(logits), device=device), reduction="none") - math.log(len(logits))
-            per_frame[which].append(torch.stack([100 * beaten_by, ((logits >= true).sum(1) == 1).float(), excess]).cpu())
-        other = own
+    half = -(-len(frames) // 2)
+    order = sorted(range(len(frames)), key=lambda i: (i % half, i))  # 0, half, 1, half + 1, ...: the frame before is half the list away
+    see = lambda batch: model.img_backbone(batch["image"].contiguous(memory_format=torch.channels_last))[-1]
+    other = see(unseen.batch([order[-1]])) if c.inter_weight else None
+    found = {"right": {}, "wrong": {}, "intra": {}}
+    for i in order:
+        batch = unseen.batch([i])
+        views = torch.cat([batch["alpha"], batch["beta"]]) if c.intra_weight else batch["alpha"]
+        places, features = model.pts_backbone(views)
+        if c.inter_weight:
+            uv, depth = data.project(places[:1], batch["lidar2img"])
+            seen = data.inside_image(uv, depth, *batch["image"].shape[:1:-1])[0]
+            query, own = model.mlp_cross_points(features[0][seen]), see(batch)
+            for which, feature_map in (("right", own), ("wrong", other)):
+                key = model.mlp_cross_img(ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0][seen])
+                found[which][i] = ranks(query, key, c.temperature)
+            other = own
+        if c.intra_weight:
+            partner = simipu.match_in_background(places[:1], places[1:], batch["T"], torch.ones(1, c.places), c.matching)()[0][0]
+            found["intra"][i] = ranks(model.mlp_intro_points(features[0]), model.mlp_intro_points(features[1])[partner], c.temperature)
 
-    def summary(chosen):
-        out = {}
-        for which, found in per_frame.items():
-            rank, top1, excess = torch.cat([found[i] for i in chosen], 1)
-            out[which] = {"rank": rank.median().item(), "top1": top1.mean().item(), "excess": excess.mean().item()}
-        return out | {"gap": out["wrong"]["rank"] - out["right"]["rank"]}
+    def median_rank(which, chosen):
+        return torch.cat([found[which][i][0] for i in chosen]).median().item()
 
-    rng = np.random.default_rng(0)
-    gaps = [summary(rng.integers(len(frames), size=len(frames)))["gap"] for _ in range(200)]
-    return summary(range(len(frames))) | {"gap_interval": tuple(np.percentile(gaps, [2.5, 97.5]).tolist()), "frames": len(frames)}
+    out = {"frames": len(frames)}
+    for which, per_frame in found.items():
+        if per_frame:
+            _, top1, excess = torch.cat(list(per_frame.values()), 1).mean(1).tolist()
+            out |= {f"{which}_rank": median_rank(which, order), f"{which}_top1": top1, f"{which}_excess": excess}
+    if c.inter_weight:
+        rng = np.random.default_rng(0)
+        draws = [rng.integers(len(frames), size=len(frames)) for _ in range(200)]
+        gaps = [median_rank("wrong", d) - median_rank("right", d) for d in draws]
+        out |= {"gap": out["wrong_rank"] - out["right_rank"], "gap_interval": np.percentile(gaps, [2.5, 97.5]).tolist()}
+    return {k: [round(x, 4) for x in v] if isinstance(v, list) else round(v, 4) for k, v in out.items()}
 
 
 def match_table(rows):
     """Lines of text for {name: result of `match`}."""
-    lines = [f"{'':>10}   right image: rank   top1  excess   another's: rank   top1  excess   gap (95 %)"]
+    width = max(map(len, rows))
+    lines = [
+        f"matching on {next(iter(rows.values()))['frames']} frames: median rank of the true one among a frame's places (0 best, 50 % chance), top1, cross-entropy less chance",
+        f"{'':>{width}}        right image            another's image      gap in rank (95 %)    other view's places",
+    ]
     for name, r in rows.items():
-        cells = [f"{r[w]['rank']:>{width}.1f} % {100 * r[w]['top1']:5.1f} % {r[w]['excess']:+7.2f}" for w, width in (("right", 17), ("wrong", 16))]
-        lines.append(f"{name:>10} {cells[0]} {cells[1]}   {r['gap']:.1f} ({r['gap_interval'][0]:.1f} to {r['gap_interval'][1]:.1f})")
+        cells = [
+            f"{r[w + '_rank']:6.1f} % {100 * r[w + '_top1']:5.1f} % {r[w + '_excess']:+6.2f}" if w + "_rank" in r else f"{'-':>23}" for w in ("right", "wrong", "intra")
+        ]
+        gap = f"{r['gap']:5.1f} ({r['gap_interval'][0]:.1f} to {r['gap_interval'][1]:.1f})" if "gap" in r else "-"
+        lines.append(f"{name:>{width}} {cells[0]} {cells[1]}  {gap:^22}{cells[2]}")
     return lines
 
 
@@ -130,7 +168,7 @@ def _figure(width, height):
 
 def draw_curves(log_path, path):
     """Losses with their chance levels, top-1, and matched distance, from log.jsonl to a PNG."""
-    log = [json.loads(line) for line in log_path.read_text().splitlines()]
+    log = [line for line in map(json.loads, log_path.read_text().splitlines()) if "lr" in line]
     if not log:  # a finished run whose log was deleted
         return
     plt, figure = _figure(13, 3.6)

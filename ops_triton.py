@@ -6,6 +6,8 @@
     bilinear_sample(feature_map, uv)                   (B, C, H, W), (B, N, 2) -> (B, N, C)   differentiable
     gather_max(features, idx)                          (B, N, C), (B, M, k) -> (B, M, C)      differentiable
 
+and, in plain torch, CountedNormReLU: batch norm over rows that stand for several equal ones each.
+
 Every function takes impl="auto" | "triton" | "torch". "auto" is Triton for CUDA tensors and torch for all others; where
 Triton is not installed it is torch everywhere, with one warning. Triton needs no compiler of yours: kernels are built on first use
 (a second or so each) and cached. `TRITON_INTERPRET=1` runs the same kernels, slowly, on the CPU; the tests do.
@@ -26,6 +28,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
@@ -692,3 +695,50 @@ def _gather_max_backward_kernel(grad, source, total, N, C, size, BLOCK: tl.const
     point = tl.load(source + b * size + e, mask=e < size, other=0).to(tl.int64)
     g = tl.load(grad + b * size + e, mask=e < size, other=0.0).to(tl.float32)
     tl.atomic_add(total + (b * N + point) * C + e % C, g, mask=e < size, sem="relaxed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch norm and ReLU, counted
+
+class CountedNormReLU(torch.autograd.Function):
+    """relu(batch_norm(x)) in training, where row n of x (n, C) stands for count[n] equal rows (count None: one each).
+
+    Exactly what batch norm computes on the repeated rows, gradients included, without ever repeating them. The mean and
+    the biased variance, both (C,), and the number of rows are returned for the running statistics; they carry no gradient.
+    With `sync` all ranks share their statistics, as SyncBatchNorm's do.
+    """
+
+    @staticmethod
+    @torch.autocast("cuda", enabled=False)  # else the sums below would be taken in bfloat16
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx, x, count, weight, bias, eps, sync):
+        x32 = x if x.dtype == torch.float64 else x.float()
+        count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
+        sums = torch.cat([count.sum().view(1), count @ x32])
+        if sync:
+            dist.all_reduce(sums)
+        total, mean = sums[0], sums[1:] / sums[0]
+        var = count @ (x32 - mean).square_()
+        if sync:
+            dist.all_reduce(var)
+        var = var / total
+        rstd = (var + eps).rsqrt()
+        y = torch.addcmul(bias - mean * weight * rstd, x32, weight * rstd).relu_().to(x.dtype)
+        ctx.save_for_backward(x, y, count, weight, mean, rstd, total)
+        ctx.sync = sync
+        ctx.mark_non_differentiable(mean, var, total)
+        return y, mean, var, total
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, y, count, weight, mean, rstd, total = ctx.saved_tensors
+        x, dy = x.to(mean.dtype), torch.ops.aten.threshold_backward(dy, y, 0).to(mean.dtype)  # through the ReLU
+        dbias = dy.sum(0)
+        dweight = rstd * ((dy * x).sum(0) - mean * dbias)
+        sums = torch.stack([dbias, dweight])
+        if ctx.sync:
+            dist.all_reduce(sums)
+        # dx = weight rstd (dy - count / total (sum dy + xhat sum dy xhat)), in passes over (n, C) as few as can be
+        slope = sums[1] * rstd / total
+        dx = torch.addcmul(sums[0] / total - mean * slope, x, slope).mul_(count[:, None])
+        return torch.sub(dy, dx, out=dx).mul_(weight * rstd).to(x.dtype), None, dweight, dbias, None, None

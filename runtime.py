@@ -3,11 +3,14 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import io
 import json
 import os
+import platform
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +41,13 @@ def command_line(parse, run=lambda action: action()):
         raise SystemExit(f"error: {e}") from None
 
 
+def later(f):
+    """f with its arguments kept for later: tyro would call it while what it says is still being caught."""
+    return functools.wraps(f)(lambda *args, **kwargs: functools.partial(f, *args, **kwargs))
+
+
 def commands(functions, description):
     """The command line of a script with subcommands, {name: function}; a function's arguments are its flags."""
-
-    def later(f):  # tyro would call f while what it says is still being caught
-        return functools.wraps(f)(lambda *args, **kwargs: functools.partial(f, *args, **kwargs))
-
     command_line(lambda: tyro.extras.subcommand_cli_from_dict({name: later(f) for name, f in functions.items()}, description=description))
 
 
@@ -67,6 +71,22 @@ class Run:
         flag = torch.tensor(int(flag))
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
         return bool(flag)
+
+    def gather(self, rows):
+        """The lists of all ranks, end to end, on every rank."""
+        lists = [rows]
+        if self.world > 1:
+            lists = [None] * self.world
+            dist.all_gather_object(lists, rows, group=self.control)
+        return [row for rows in lists for row in rows]
+
+    def fail(self, message):
+        """End every rank, with one message, for a reason that all of them know."""
+        if self.main:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        if self.world > 1:
+            dist.barrier(group=self.control)  # or torchrun, seeing another rank gone, would end the one that speaks
+        raise SystemExit(1)
 
     def mean(self, stats):
         """A dict of scalar tensors, averaged over ranks, as floats of five digits."""
@@ -167,15 +187,21 @@ def cut_log(path, step):
     path.write_text("".join(kept))
 
 
-def git_revision():
-    """Commit of this code, "+changes" if the tree differs from it; None outside a checkout."""
+def provenance(run):
+    """What a run depends on besides its config and its data: the code, the packages, the machine."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = bool(subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip())
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+changes" if changed else "")
+        revision = dirty = None  # not a checkout
+    packages = {}
+    for name in ("torch", "triton", "numpy", "scipy", "pillow", "timm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
+    machine = {"processes": run.world, "device": device, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    return {"git": revision, "dirty": dirty, "packages": packages, "machine": machine}
 
 
 def save_atomically(obj, path):

@@ -57,8 +57,12 @@ class Config:
     eval_splits: tuple[str, ...] = ()
     """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than another
     frame's? () for none."""
+    eval_root: tuple[str, ...] = ()
+    """Folders that eval_splits are looked up in; () for data_root."""
     eval_frames: int = 100
     """At most so many of them, evenly spread."""
+    eval_every: int = 0
+    """Steps between judgements, each a line in log.jsonl. 0: only after the last step."""
     frame_stride: int = 1
     """Of the raw layout: keep every n-th frame of a drive. Neighbours are near copies; 10 is good advice."""
     skip_missing: bool = False
@@ -78,9 +82,18 @@ class Config:
     """View beta is shifted by N(0, translation) metres."""
     flip: float = 0.5
     """Probability that the image and view beta are mirrored."""
+    pairs: Literal["true", "wrong"] = "true"
+    """wrong: every cloud goes with some other frame's image. A control: what such a run learns is the pixel's position."""
     image_scale: tuple[int, ...] = (640, 192, 2400, 720)
     """Box (width, height) that images are resized into, keeping their ratio: two numbers for one fixed size, four for a
     range that every step draws its size from."""
+    crop: tuple[float, float] = (1.0, 1.0)
+    """A frame's image is cut to a window of U(crop) times its edges, enlarged to the size it had. Above 1: seen from further away.
+    Places outside it leave Eq. 7."""
+    shift: tuple[float, float] = (0.0, 0.0)
+    """The window moves by U(-1, 1) times these shares of the image's width and height."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strength of the jitter of brightness, contrast, saturation and hue. SimCLR's is .8 .8 .8 .2, MoCo v2's .4 .4 .4 .1."""
     # ---- networks ----
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed: its ResNets, RegNets, EfficientNets and all whose output
@@ -164,7 +177,8 @@ PRESETS = {
 }  # fmt: skip
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
-FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every", "eval_splits", "eval_frames"}
+FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
+FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 # -----------------------------------------------------------------------------
@@ -274,50 +288,6 @@ MLPS = (
 AGGREGATION = (128, 256, 1024)
 
 
-class CountedNormReLU(torch.autograd.Function):
-    """relu(batch_norm(x)) in training, where row n of x (n, C) stands for count[n] equal rows (count None: one each).
-
-    Exactly what batch norm computes on the repeated rows, gradients included, without ever repeating them. The mean and
-    the biased variance, both (C,), and the number of rows are returned for the running statistics; they carry no gradient.
-    With `sync` all ranks share their statistics, as SyncBatchNorm's do.
-    """
-
-    @staticmethod
-    @torch.autocast("cuda", enabled=False)  # else the sums below would be taken in bfloat16
-    @torch.autocast("cpu", enabled=False)
-    def forward(ctx, x, count, weight, bias, eps, sync):
-        x32 = x if x.dtype == torch.float64 else x.float()
-        count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
-        sums = torch.cat([count.sum().view(1), count @ x32])
-        if sync:
-            dist.all_reduce(sums)
-        total, mean = sums[0], sums[1:] / sums[0]
-        var = count @ (x32 - mean).square_()
-        if sync:
-            dist.all_reduce(var)
-        var = var / total
-        rstd = (var + eps).rsqrt()
-        y = torch.addcmul(bias - mean * weight * rstd, x32, weight * rstd).relu_().to(x.dtype)
-        ctx.save_for_backward(x, y, count, weight, mean, rstd, total)
-        ctx.sync = sync
-        ctx.mark_non_differentiable(mean, var, total)
-        return y, mean, var, total
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        x, y, count, weight, mean, rstd, total = ctx.saved_tensors
-        x, dy = x.to(mean.dtype), torch.ops.aten.threshold_backward(dy, y, 0).to(mean.dtype)  # through the ReLU
-        dbias = dy.sum(0)
-        dweight = rstd * ((dy * x).sum(0) - mean * dbias)
-        sums = torch.stack([dbias, dweight])
-        if ctx.sync:
-            dist.all_reduce(sums)
-        # dx = weight rstd (dy - count / total (sum dy + xhat sum dy xhat)), in passes over (n, C) as few as can be
-        slope = sums[1] * rstd / total
-        dx = torch.addcmul(sums[0] / total - mean * slope, x, slope).mul_(count[:, None])
-        return torch.sub(dy, dx, out=dx).mul_(weight * rstd).to(x.dtype), None, dweight, dbias, None, None
-
-
 class PointLayer(nn.Module):
     """1x1 convolution, batch norm, ReLU over rows (..., cin) -> (..., cout). No bias: batch norm would cancel it.
 
@@ -337,7 +307,7 @@ class PointLayer(nn.Module):
         bn, rows = self.bn, y.reshape(-1, y.shape[-1])
         if not self.training:
             return F.relu(F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)).view_as(y)
-        rows, mean, var, total = CountedNormReLU.apply(rows, count, bn.weight, bn.bias, bn.eps, self.sync)
+        rows, mean, var, total = ops.CountedNormReLU.apply(rows, count, bn.weight, bn.bias, bn.eps, self.sync)
         with torch.no_grad():
             bn.num_batches_tracked += 1
             bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
@@ -502,24 +472,27 @@ def match_in_background(alpha, beta, T, visible, method):
 # losses
 
 
-def info_nce(query, key, temperature, gather=False):
+def info_nce(query, key, temperature, gather=False, report=True):
     """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean.
 
     -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key (n, D) -> loss, stats.
     gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
-    stats: chance, ln(number of candidates), what random features score; top1, the share of queries whose own key is the one
-    best (a tie is no success, so collapsed features score 0); positive, negative, mean cosines; std, of the queries'
-    dimensions, 1 when they fill the sphere evenly, 0 when collapsed.
+    stats, {} without `report`: chance, ln(number of candidates), what random features score; top1, the share of queries whose
+    own key is the one best (a tie is no success, so collapsed features score 0); positive, negative, mean cosines; std and rank
+    of the queries, key_std and key_rank of the keys: the dimensions' deviation, 1 when they fill the sphere evenly and 0 when
+    collapsed, and the effective rank.
     """
     with torch.autocast(query.device.type, enabled=False):
         q, k = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=1) for t in (query, key))
-        n, offset, weight = len(q), 0, 1.0
+        own_key, n, offset, weight = k, len(q), 0, 1.0
         if gather and dist.is_initialized():
             k, counts = runtime.gather_rows(k)
             offset, weight = sum(counts[: dist.get_rank()]), n * len(counts) / sum(counts)
         cosine = q @ k.T  # (n, candidates)
         target = torch.arange(offset, offset + n, device=q.device)
         loss = weight * F.cross_entropy(cosine / temperature, target)
+        if not report:
+            return loss, {}
         with torch.no_grad():
             positive = cosine.gather(1, target[:, None])  # (n, 1)
             stats = {
@@ -527,9 +500,19 @@ def info_nce(query, key, temperature, gather=False):
                 "top1": ((cosine >= positive).sum(1) == 1).float().mean(),
                 "positive": positive.mean(),
                 "negative": (cosine.sum() - positive.sum()) / max(cosine.numel() - n, 1),
-                "std": q.std(0).mean() * math.sqrt(q.shape[1]),
             }
+            for name, z in (("", q), ("key_", own_key)):
+                stats |= {name + "std": z.std(0).mean() * math.sqrt(z.shape[1]), name + "rank": effective_rank(z)}
     return loss, stats
+
+
+def effective_rank(z):
+    """exp(entropy of the singular values' shares) of z (n, D) (Roy and Vetterli 2007; as RankMe, uncentred): how many dimensions
+    are in use, from 1, collapsed to one direction, to D."""
+    z = z.double()
+    share = torch.linalg.eigvalsh(z.T @ z).clamp_(min=0).sqrt_()
+    share = share / share.sum()
+    return torch.exp(-torch.xlogy(share, share).sum())
 
 
 # -----------------------------------------------------------------------------
@@ -537,7 +520,7 @@ def info_nce(query, key, temperature, gather=False):
 
 
 class SimIPU(nn.Module):
-    """forward(batch of data.augment) -> total loss, stats (dict of scalars). Names of parts are the release's."""
+    """forward(batch of data.augment) -> total loss, stats (dict of scalars; {} without `report`). Parts have the release's names."""
 
     def __init__(self, c):
         super().__init__()
@@ -554,7 +537,7 @@ class SimIPU(nn.Module):
             if c.inter_query == "image":
                 self.mlp_cross_points.requires_grad_(False)
 
-    def forward(self, batch):
+    def forward(self, batch, report=True):
         c, B = self.c, len(batch["alpha"])
         loss, stats = torch.zeros((), device=batch["alpha"].device), {}
 
@@ -577,9 +560,10 @@ class SimIPU(nn.Module):
             z = self.mlp_intro_points(features.flatten(0, 1)).view(2, B, -1, c.embed_dim)
             f_alpha, f_beta = z[0], z[1].gather(1, partner[..., None].expand_as(z[1]))
             f_alpha, f_beta = f_alpha.flatten(0, 1), f_beta.flatten(0, 1)  # (B P, 128)
-            intra, s = info_nce(f_alpha, f_beta.detach() if c.detach_keys else f_beta, c.temperature, c.gather_negatives)
+            intra, s = info_nce(f_alpha, f_beta.detach() if c.detach_keys else f_beta, c.temperature, c.gather_negatives, report)
             loss = loss + c.intra_weight * intra
-            stats |= {"intra": intra.detach(), **{f"intra_{k}": v for k, v in s.items()}, "match_m": distance.mean()}
+            if report:
+                stats |= {"intra": intra.detach(), **{f"intra_{k}": v for k, v in s.items()}, "match_m": distance.mean()}
         else:
             visible_rows = visible.flatten().nonzero()[:, 0]
 
@@ -589,9 +573,10 @@ class SimIPU(nn.Module):
             f_gamma = self.mlp_cross_img(f_gamma)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
-            inter, s = info_nce(query, key, c.temperature, c.gather_negatives)
+            inter, s = info_nce(query, key, c.temperature, c.gather_negatives, report)
             loss = loss + c.inter_weight * inter
-            stats |= {"inter": inter.detach(), **{f"inter_{k}": v for k, v in s.items()}, "visible": visible.float().mean()}
+            if report:
+                stats |= {"inter": inter.detach(), **{f"inter_{k}": v for k, v in s.items()}, "visible": visible.float().mean()}
         return loss, stats
 
 
@@ -619,18 +604,14 @@ def build_optimizers(model, c):
 
 
 def load_frames(c, run):
-    """The frames of all roots; the built-in scenes are written first where a preset asks for them. -> frames, held-out frames."""
+    """The frames of all roots; the built-in scenes are written first where a preset asks for them. -> frames, held-out frames, a note."""
     if c.synthetic_frames and not Path(c.data_root[0]).exists() and run.main:
         import synthetic
 
         synthetic.write_dataset(c.data_root[0], frames=c.synthetic_frames)
     run.any(False)  # a barrier: the other ranks wait for the scenes
     frames = [f for root in c.data_root for f in data.find_frames(root, c.splits, c.frame_stride, c.skip_missing)]
-    held_out = [f for root in c.data_root if c.eval_splits for f in data.find_frames(root, c.eval_splits, skip_missing=c.skip_missing)]
-    seen = {f.image for f in frames} & {f.image for f in held_out}
-    if seen:
-        raise BadInput(f"--eval-splits {' '.join(c.eval_splits)}: {len(seen)} of its frames are trained on, {min(seen)} among them")
-    return frames, held_out[:: max(1, -(-len(held_out) // c.eval_frames))]
+    return frames, *data.find_held_out(c, frames)
 
 
 def check_config(c, world):
@@ -638,9 +619,13 @@ def check_config(c, world):
     group = min(c.group, c.batch_size // world)
     if group < 1 or c.batch_size % (group * world):
         raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
-    for flag in ("places", "epochs", "log_every", "save_every", "frame_stride", "temperature", "eval_frames"):
+    for flag in ("places", "epochs", "log_every", "save_every", "frame_stride", "temperature", "eval_frames", "image_lr", "point_lr"):
         if getattr(c, flag) <= 0:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(c, flag)}: must be above 0")
+    for flag, low, high in (("crop", 0.05, 20.0), ("shift", 0.0, 1.0), ("jitter", 0.0, 1.0), ("scale", 0.05, 20.0), ("flip", 0.0, 1.0)):
+        values = getattr(c, flag) if isinstance(getattr(c, flag), tuple) else (getattr(c, flag),)
+        if not all(low <= v <= high for v in values) or (flag in ("crop", "scale") and values[0] > values[1]):
+            raise BadInput(f"--{flag} {' '.join(map(str, values))}: must be from {low:g} to {high:g}{', the smaller first' if low else ''}")
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
     if len(c.image_scale) not in (2, 4) or min(c.image_scale) < 32 or any(a > b for a, b in zip(c.image_scale, c.image_scale[2:])):
@@ -653,6 +638,8 @@ def check_config(c, world):
 
 
 def train(c):
+    import eval as evaluate  # which imports this file
+
     run = runtime.start_run(c.device, c.seed)
     group = check_config(c, run.world)
     accumulate = c.batch_size // (group * run.world)
@@ -668,9 +655,12 @@ def train(c):
     optimizers = build_optimizers(model, c)
     owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())
-    frames, held_out = load_frames(c, run)
+    frames, held_out, note = load_frames(c, run)
+    notes += [note] if note else []
     if len(frames) < c.batch_size:
         raise BadInput(f"--batch-size {c.batch_size}: more than the {len(frames)} frames found")
+    if c.pairs == "wrong" and len(frames) < 2:
+        raise BadInput("--pairs wrong: there is only one frame, whose image is right")
     folder = Path(c.out) / c.name
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(frames)}
     start = runtime.resume(folder / "last.pt", identity, model, optimizers)
@@ -699,6 +689,24 @@ def train(c):
     batch = next_batch(start) if start < steps else None  # before anything is written: a broken data set leaves no trace
 
     # ============ where it goes ============
+    about = runtime.provenance(run) | {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
+
+    def log(line):
+        if run.main:
+            with (folder / "log.jsonl").open("a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def save(step):
+        if not run.main:
+            return
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "identity": identity}
+        seen = {"inventory": data.inventory(frames), "drives": sorted({f.drive for f in frames if f.drive})}  # for eval.py: not to be judged on
+        runtime.save_atomically(state | about | seen, folder / "last.pt")
+        if c.inter_weight:
+            pixels = {"mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB"}
+            weights = {k: v.cpu().contiguous() for k, v in model.img_backbone.state_dict().items()}
+            runtime.save_atomically({"state_dict": weights, "arch": c.image_encoder, "step": step, **pixels}, folder / "backbone.pt")
+
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
         runtime.cut_log(folder / "log.jsonl", start)
@@ -708,36 +716,29 @@ def train(c):
         print(f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}")
         smaller = f" (not {c.group}: --batch-size is too small for so many processes)" if group < c.group else ""
         print(f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames{smaller}, {group * c.places} pairs a pass")
-        print(f"steps {start} to {steps}, {steps_per_epoch} an epoch, into {folder}/")
-
-    def save(step):
-        if not run.main:
-            return
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-        about = {"config": runtime.as_json(c), "identity": identity, "git": runtime.git_revision(), "torch": str(torch.__version__)}
-        runtime.save_atomically(state | about, folder / "last.pt")
-        if c.inter_weight:
-            about = {"arch": c.image_encoder, "mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB", "step": step}
-            weights = {k: v.cpu().contiguous() for k, v in model.img_backbone.state_dict().items()}
-            runtime.save_atomically({"state_dict": weights, **about}, folder / "backbone.pt")
-
+        print(f"steps {start} to {steps}, {steps_per_epoch} an epoch, into {folder}/", flush=True)
+    if start < steps:
+        log({"step": start, **about})
     asked_to_stop = runtime.catch_signals()
 
     # ============ the loop ============
     model.train()
     bar = tqdm(total=steps, initial=start, disable=not run.main, dynamic_ncols=True, mininterval=1)
-    clock, stopping = runtime.Clock(), False
+    clock, unchecked, judged, stopping = runtime.Clock(), [], None, False
     for step in range(start, steps):
         for optimizer in optimizers:
             for g in optimizer.param_groups:
                 g["lr"] = g["initial_lr"] * c.lr_decay ** (step // steps_per_epoch)
+        done = step + 1
+        report = done % c.log_every == 0 or done == steps
 
         for i in range(accumulate):
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or run.world == 1 else wrapped.no_sync():
                 with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
-                    loss, stats = wrapped(batch)
+                    loss, stats = wrapped(batch, report and last)
                 (loss / accumulate).backward()
+            unchecked.append((done, batch["index"], loss.detach()))
             with clock.waiting():
                 batch = next_batch(step + last) if step + last < steps else None
         if step == start:
@@ -745,28 +746,38 @@ def train(c):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-
-        # once in a while: write how it goes, and save
-        done, stopping = step + 1, run.any(bool(asked_to_stop))
         clock.steps += 1
-        if done % c.log_every == 0 or done == steps or stopping:
-            stats = run.mean(stats)  # of the last pass; the one place that waits for the GPU
-            line = {"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [o.param_groups[0]["lr"] for o in optimizers], **clock.read(c.batch_size)}
-            if run.main:
-                with (folder / "log.jsonl").open("a") as f:
-                    f.write(json.dumps(line) + "\n")
-                bar.set_postfix_str(", ".join(f"{k} {line[k]:.2f} (chance {line[k + '_chance']:.2f})" for k in ("intra", "inter") if k in line))
         bar.update()
-        if done % c.save_every == 0 or done == steps or stopping:
+
+        # losses must be finite: the step before's are known without waiting for the GPU, this one's must be before anything is written
+        stopping = run.any(bool(asked_to_stop))
+        saving = done % c.save_every == 0 or done == steps or stopping
+        due = [u for u in unchecked if report or saving or u[0] < done]
+        unchecked = unchecked[len(due) :]
+        broken = [(at, frames[i].name) for at, index, loss in due if not math.isfinite(loss) for i in index.tolist()]
+        if run.any(bool(broken)):
+            at, names = (sorted({row[i] for row in run.gather(broken)}) for i in (0, 1))
+            run.fail(f"step {at[0]}: the loss is not finite; frames {', '.join(names)}; the last good checkpoint, if there is one, stays in {folder}/")
+
+        # once in a while: write how it goes, judge, save
+        if report:
+            stats = run.mean(stats)  # of the last pass
+            log({"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [o.param_groups[0]["lr"] for o in optimizers], **clock.read(c.batch_size)})
+            bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
+        if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
+            judged = evaluate.match(model, held_out, c, run.device)  # on every rank: recalibrating batch norm talks to the others
+            log({"step": done, "match": judged})
+            clock = runtime.Clock()
+        if saving:
             save(done)
         if stopping:
             break
     bar.close()
     if not stopping:
-        finish(model, c, run, frames, held_out, folder)
+        finish(model, c, run, frames, held_out, folder, judged)
 
 
-def finish(model, c, run, frames, held_out, folder):
+def finish(model, c, run, frames, held_out, folder, judged):
     """Pictures and, on held-out frames, the one number that tells learning from guessing by position."""
     import eval as evaluate
 
@@ -775,14 +786,12 @@ def finish(model, c, run, frames, held_out, folder):
         view = data.augment(data.collate([data.PretrainFrames(frames, c)[(0, 0)]]), evaluate.image_box(c), run.device)
         evaluate.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
-    if held_out and c.inter_weight:
+    if held_out:
         torch.manual_seed(c.seed)
-        networks = {"untrained": SimIPU(c).to(run.device), "trained": model}
-        # on every rank, though one will print: recalibrating batch norm talks to the other ranks
-        rows = {name: evaluate.match(network, held_out, c, run.device) for name, network in networks.items()}
+        rows = {"untrained": evaluate.match(SimIPU(c).to(run.device), held_out, c, run.device)}
+        rows["trained"] = judged or evaluate.match(model, held_out, c, run.device)
         if run.main:
-            print(f"\nmatching on {len(held_out)} frames not trained on: median rank of the true pixel among a frame's places, 0 best, 50 % chance")
-            print("\n".join(evaluate.match_table(rows)))
+            print("\n" + "\n".join(evaluate.match_table(rows)))
 
 
 def main():
