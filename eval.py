@@ -10,10 +10,13 @@ import copy
 import dataclasses
 import json
 import math
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 
 import data
 import ops_triton as ops
@@ -25,17 +28,38 @@ from data import BadInput
 RECALIBRATE = 32  # frames that batch norm statistics are taken from
 
 
-def load_model(path, device="cpu"):
-    """The whole model of a run's last.pt, in eval mode, and its Config. Raises BadInput for any other file."""
+def load_run(path, device="cpu"):
+    """A run's last.pt: the whole model, in eval mode, its Config, and all that the file says. Raises BadInput for any other file."""
     saved = runtime.read_checkpoint(path)
-    if not isinstance(saved, dict) or not {"model", "config"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"model", "config", "step"} <= saved.keys():
         raise BadInput(f"{path}: not a last.pt of simipu.py")
-    known = {f.name: f for f in dataclasses.fields(simipu.Config)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in known}
-    c = simipu.Config(**values)
+    fields = {f.name for f in dataclasses.fields(simipu.Config)}
+    c = simipu.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in fields})
     model = simipu.SimIPU(c)
     model.load_state_dict(saved["model"])
-    return model.to(device).eval(), c
+    return model.to(device).eval(), c, saved
+
+
+def choose_frames(c, runs, data_root=(), splits=(), limit=0, frame_stride=1):
+    """The frames to judge on, by default the run's own --eval-splits. -> frames, notes to print: what the runs, {name: contents of
+    a last.pt}, were trained on is said. Raises BadInput for fewer than two."""
+    roots, splits = data_root or c.eval_root or c.data_root, splits or c.eval_splits
+    if not splits:
+        raise BadInput("--splits: the run has no --eval-splits, so say which frames to judge on")
+    frames = [f for root in roots for f in data.find_frames(root, splits, frame_stride, c.skip_missing)]
+    limit = limit or c.eval_frames
+    frames = frames[:: max(1, -(-len(frames) // limit))]
+    if len(frames) < 2:
+        raise BadInput(f"--splits {' '.join(splits)}: judging needs two frames or more, for the other frame's image")
+    notes = []
+    for name, saved in runs.items():
+        seen = set(data.inventory(frames)) & set(saved.get("inventory", ()))
+        drives = {f.drive for f in frames} & set(saved.get("drives", ()))
+        if seen:
+            notes.append(f"note: {name} was trained on {len(seen)} of these {len(frames)} frames: its figures will flatter")
+        elif drives:
+            notes.append(f"note: {name} was trained on other frames of {len(drives)} of these drives, {min(drives)} among them: its figures will flatter")
+    return frames, notes
 
 
 def image_box(c):
@@ -59,15 +83,15 @@ class Unseen:
 
 
 @torch.no_grad()
-def recalibrated(model, batches):
-    """A copy of the model, in eval mode, whose batch norm statistics are the average over `batches` (of data.augment).
+def recalibrated(model, inputs, *arguments):
+    """A copy of the model, in eval mode, whose batch norm statistics are the average over model(input, *arguments), input by input.
     Networks trained for a hundred steps, and ones not trained at all, are judged alike only this way."""
     model = copy.deepcopy(model).train()
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    for i, batch in enumerate(batches):
+    for i, x in enumerate(inputs):
         for norm in norms:
             norm.momentum = 1 / (i + 1)
-        model(batch, report=False)
+        model(x, *arguments)
     return model.eval()
 
 
@@ -98,7 +122,7 @@ def match(model, frames, c, device):
     """
     unseen = Unseen(frames, c, device)
     few = range(min(len(frames), RECALIBRATE))
-    model = recalibrated(model, (unseen.batch(few[i : i + c.group]) for i in range(0, len(few), c.group)))
+    model = recalibrated(model, (unseen.batch(few[i : i + c.group]) for i in range(0, len(few), c.group)), False)
 
     half = -(-len(frames) // 2)
     order = sorted(range(len(frames)), key=lambda i: (i % half, i))  # 0, half, 1, half + 1, ...: the frame before is half the list away
@@ -150,6 +174,150 @@ def match_table(rows):
         ]
         gap = f"{r['gap']:5.1f} ({r['gap_interval'][0]:.1f} to {r['gap_interval'][1]:.1f})" if "gap" in r else "-"
         lines.append(f"{name:>{width}} {cells[0]} {cells[1]}  {gap:^22}{cells[2]}")
+    return lines
+
+
+# -----------------------------------------------------------------------------
+# spatial probe: how much depth can be read off frozen features
+
+DEGREE = 5  # of the polynomial in (u, v) that every row of the probe has for free
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, on features of variance 1; which one decides the result
+FOLDS = 5
+OFF_GROUND = -1.2  # metres, z of a point in KITTI's LiDAR frame, 1.73 m above the road
+
+
+def positions(uv, width, height):
+    """All products of powers of (u, v), in [-1, 1], up to DEGREE together. uv (n, 2) pixels -> (n, 21) float64."""
+    u, v = (2 * (uv[:, i].double() + 0.5) / size - 1 for i, size in ((0, width), (1, height)))
+    return torch.stack([u**i * v**j for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)], 1)
+
+
+def ridge(gram, free, strength):
+    """Weights (free + C,) of least squares on standardised columns, of which the first `free`, a constant among them, are not
+    penalised. gram (free + C + 1, free + C + 1): inner products of all columns, with the target as last. Column 0 is the constant."""
+    n, mean = gram[0, 0], gram[0] / gram[0, 0]
+    deviation = (gram.diagonal() / n - mean**2).clamp(min=0).sqrt()
+    scale = torch.where(deviation > 1e-6 * gram.diagonal().div(n).sqrt(), 1 / deviation, 0.0)  # a column that never changes takes no part
+    scale[0] = scale[-1] = 1.0
+    scale[1:free] = 1.0
+    shift = torch.eye(len(gram), dtype=gram.dtype)
+    shift[0, free:-1] = -mean[free:-1]  # columns less their mean
+    A = (shift * scale).T @ gram @ (shift * scale) / n
+    penalty = torch.full((len(gram) - 1,), strength, dtype=gram.dtype)
+    penalty[:free] = 1e-9
+    weights = torch.linalg.solve(A[:-1, :-1] + torch.diag(penalty), A[:-1, -1])
+    return (shift[:-1, :-1] * scale[:-1]) @ weights
+
+
+def fit_and_score(columns, target, free):
+    """Errors of a ridge regression on frames that it was not fitted on. columns: a tensor (n, free + C) float32 a frame, target: one
+    (n,) each. -> squared errors, a tensor (n,) a frame. Frames are split into FOLDS runs of neighbours; the strength for a fold is
+    the one with the least error in cross-validation among the others."""
+    folds = [list(map(int, fold)) for fold in np.array_split(np.arange(len(columns)), min(FOLDS, len(columns)))]
+
+    def gram(fold):
+        Z = torch.cat([torch.cat([columns[i], target[i][:, None]], 1) for i in fold]).double()
+        return Z.T @ Z
+
+    grams = [gram(fold) for fold in folds]
+
+    def error(weights, held):  # sum of squares, from inner products alone
+        w = torch.cat([weights, -torch.ones(1, dtype=weights.dtype)])
+        return float(w @ grams[held] @ w)
+
+    errors = [None] * len(columns)
+    for k, fold in enumerate(folds):
+        others = [j for j in range(len(folds)) if j != k]
+        strength = STRENGTHS[0]
+        if columns[0].shape[1] > free and len(others) > 1:
+            loss = {s: sum(error(ridge(sum(grams[i] for i in others if i != j), free, s), j) for j in others) for s in STRENGTHS}
+            strength = min(loss, key=loss.get)
+        weights = ridge(sum(grams[i] for i in others), free, strength)
+        for i in fold:
+            errors[i] = (columns[i].double() @ weights - target[i]) ** 2
+    return errors
+
+
+@torch.no_grad()
+def probe(encoders, frames, c, device, points=512, stage=0):
+    """R^2 of log-depth from position and frozen features at the pixels of LiDAR points, on frames the regression has not seen.
+
+    encoders: {name: image encoder}; the first is also asked of another frame's image at the same pixels ("wrong image"). Position,
+    a polynomial of degree 5, is free in every row and has a row of its own. Batch norm is recalibrated alike for all. Features
+    are those of the last map, or the last but one where images have fewer than 128 rows (stage 3 or 4 says otherwise). c: image
+    size and point sampling. -> {name: dict(all, off_ground: R^2 over all points and those above the ground; *_interval: 95 % over
+    frames; *_gain: R^2 less that of position, and *_gain_interval)}.
+    """
+    unseen = Unseen(frames, c, device)
+    rng = np.random.default_rng(0)
+    half = len(frames) // 2
+    few = range(min(len(frames), RECALIBRATE))
+    target, high, base, pixels = [], [], [], []
+    for i in range(len(frames)):
+        batch = unseen.batch([i])
+        chosen = torch.from_numpy(rng.choice(c.num_points, min(points, c.num_points), replace=False)).to(device)
+        alpha = batch["alpha"][:, chosen]
+        uv, depth = data.project(alpha, batch["lidar2img"])
+        height, width = batch["image"].shape[2:]
+        target.append(depth[0].double().log().cpu())
+        high.append((alpha[0, :, 2] > OFF_GROUND).cpu())
+        base.append(positions(uv[0].cpu(), width, height).float())
+        pixels.append(uv)
+    free = base[0].shape[1]
+
+    def sampled(encoder, offset):
+        out = []
+        for i in range(len(frames)):
+            image = unseen.batch([(i + offset) % len(frames)])["image"].contiguous(memory_format=torch.channels_last)
+            at = stage or (4 if image.shape[2] >= 128 else 3)
+            maps = encoder(image)
+            stride = encoder.stride // 2 ** (4 - at)
+            out.append(ops.bilinear_sample(maps[at - 5], pixels[i] / stride)[0].float().cpu())
+        return [torch.cat([b, f], 1) for b, f in zip(base, out)]
+
+    columns = {"position": base}
+    for k, (name, encoder) in enumerate(encoders.items()):
+        images = (unseen.batch(few[i : i + c.group])["image"].contiguous(memory_format=torch.channels_last) for i in range(0, len(few), c.group))
+        encoder = recalibrated(encoder, images)
+        columns[name] = sampled(encoder, 0)
+        if k == 0:
+            columns[f"{name}, wrong image"] = sampled(encoder, half)
+
+    # per frame: number, sum of squared errors, sum of target, sum of its squares, over all points and over those off the ground
+    sums = {}
+    for name, Z in columns.items():
+        errors = fit_and_score(Z, target, free)
+        kept = {"all": [torch.ones_like(h) for h in high], "off_ground": high}
+        sums[name] = {k: np.array([[float(m.sum()), float(e[m].sum()), float(t[m].sum()), float((t[m] ** 2).sum())] for e, t, m in zip(errors, target, masks)]) for k, masks in kept.items()}
+
+    def r2(rows):
+        n, error, first, second = rows.sum(0)
+        return 1 - error / (second - first**2 / n)
+
+    out, draws = {}, [rng.integers(len(frames), size=len(frames)) for _ in range(1000)]
+    for name in sums:
+        out[name] = {}
+        for subset, rows in sums[name].items():
+            floor = sums["position"][subset]
+            out[name][subset], out[name][f"{subset}_gain"] = r2(rows), r2(rows) - r2(floor)
+            resampled = np.array([[r2(rows[d]), r2(rows[d]) - r2(floor[d])] for d in draws])
+            for column, key in enumerate((f"{subset}_interval", f"{subset}_gain_interval")):
+                out[name][key] = np.percentile(resampled[:, column], [2.5, 97.5]).tolist()
+    return out
+
+
+def probe_table(rows):
+    """Lines of text for the result of `probe`."""
+    width = max(map(len, rows))
+    lines = [f"{'R^2 of log-depth (95 %)':<{width}}   {'all points':^22} {'over position':^24} {'off the ground':^22} {'over position':^24}"]
+    for name, r in rows.items():
+        cells = []
+        for subset in ("all", "off_ground"):
+            low, high = r[f"{subset}_interval"]
+            cells.append(f"{f'{r[subset]:.3f} ({low:.3f} to {high:.3f})':^22}")
+            (low, high), gain = r[f"{subset}_gain_interval"], r[f"{subset}_gain"]
+            cells.append(f"{'-' if name == 'position' else f'{gain:+.3f} ({low:+.3f} to {high:+.3f})':^24}")
+        lines.append(f"{name:<{width}}   {' '.join(cells)}")
     return lines
 
 
@@ -239,3 +407,99 @@ def draw_pairs(model, view, path, match_places):
     left.set_ylabel("forward, m")
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+# -----------------------------------------------------------------------------
+# commands
+
+
+def name_of(path):
+    """What a table calls a checkpoint: its run's folder, or its file."""
+    return path.parent.name if path.name in ("last.pt", "backbone.pt") else path.name
+
+
+def match_command(
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]],
+    control: Path | None = None,
+    data_root: tuple[str, ...] = (),
+    splits: tuple[str, ...] = (),
+    frames: int = 0,
+    frame_stride: int = 1,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+):
+    """Does a place point out its own pixel, on frames of drives not trained on? Beside a random network, always.
+
+    Args:
+        checkpoints: A run's last.pt, or several.
+        control: last.pt of a run with --pairs wrong and the same budget: what the pixel's position alone teaches.
+        data_root: Folders with the frames; by default those of the first run.
+        splits: Their splits; by default the first run's --eval-splits.
+        frames: At most so many, evenly spread; by default the first run's --eval-frames.
+        frame_stride: Of the raw layout, keep every n-th frame of a drive.
+        device: auto is the GPU if there is one.
+    """
+    if not checkpoints:
+        raise BadInput("match: no checkpoint given")
+    device = runtime.start_run(device).device
+    paths = {name_of(p) if sum(name_of(q) == name_of(p) for q in checkpoints) == 1 else str(p): p for p in checkpoints}
+    loaded = {name: load_run(path, device) for name, path in paths.items()}
+    first, c, saved = next(iter(loaded.values()))
+    chosen, notes = choose_frames(c, {name: run[2] for name, run in loaded.items()}, data_root, splits, frames, frame_stride)
+    if control:
+        loaded = {"wrong pairs": load_run(control, device)} | loaded
+        _, wrong, budget = loaded["wrong pairs"]
+        if wrong.pairs != "wrong":
+            raise BadInput(f"--control {control}: that run was not trained with --pairs wrong")
+        if budget["step"] * wrong.batch_size != saved["step"] * c.batch_size:
+            notes.append(f"note: the control has seen {budget['step'] * wrong.batch_size} frames, the first run {saved['step'] * c.batch_size}")
+    torch.manual_seed(c.seed)
+    rows = {"random": match(simipu.SimIPU(c).to(device), chosen, c, device)}
+    rows |= {name: match(model, chosen, c, device) for name, (model, c, _) in loaded.items()}
+    print("\n".join(notes + match_table(rows)))
+
+
+def probe_command(
+    checkpoint: tyro.conf.Positional[Path],
+    also: tuple[Path, ...] = (),
+    data_root: tuple[str, ...] = (),
+    splits: tuple[str, ...] = (),
+    frames: int = 0,
+    frame_stride: int = 1,
+    points: int = 512,
+    stage: Literal[0, 3, 4] = 0,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+):
+    """How much depth can be read off frozen features, beyond what the pixel's position says? Differences under .03 are noise.
+
+    Args:
+        checkpoint: A run's last.pt.
+        also: Other weights of the same architecture, anything that --init takes: imagenet.pth, the last.pt of a control.
+        data_root: Folders with the frames; by default those of the run.
+        splits: Their splits; by default the run's --eval-splits.
+        frames: At most so many, evenly spread; by default the run's --eval-frames.
+        frame_stride: Of the raw layout, keep every n-th frame of a drive.
+        points: LiDAR points per frame.
+        stage: Of the image encoder. 0 is the last, or the one before where images have fewer than 128 rows.
+        device: auto is the GPU if there is one.
+    """
+    device = runtime.start_run(device).device
+    model, c, saved = load_run(checkpoint, device)
+    if not c.inter_weight:
+        raise BadInput(f"{checkpoint}: trained without an image encoder (--inter-weight 0)")
+    chosen, notes = choose_frames(c, {name_of(checkpoint): saved}, data_root, splits, frames, frame_stride)
+    torch.manual_seed(c.seed)
+    encoders = {name_of(checkpoint): model.img_backbone, "random": simipu.build_image_encoder(c.image_encoder).to(device)}
+    for path in also:
+        encoder = simipu.build_image_encoder(c.image_encoder)
+        notes.append(runtime.load_image_encoder(encoder, path))
+        encoders[name_of(path) if name_of(path) not in encoders else str(path)] = encoder.to(device)
+    rows = probe(encoders, chosen, c, device, points, stage)
+    print("\n".join([*notes, f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each", *probe_table(rows)]))
+
+
+def main():
+    runtime.commands({"match": match_command, "probe": probe_command}, __doc__)
+
+
+if __name__ == "__main__":
+    main()
