@@ -19,6 +19,7 @@ import data
 import ops_triton as ops
 import runtime
 import simipu
+import weights
 from data import BadInput
 
 
@@ -201,3 +202,11 @@ def draw_pairs(model, view, path, match_places):
     left.set_ylabel("forward, m")
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def main():
+    runtime.commands({"export": weights.export}, __doc__)
+
+
+if __name__ == "__main__":
+    main()
