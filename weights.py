@@ -57,8 +57,8 @@ RELEASE_EPS, EPS = 1e-3, 1e-5  # of the image encoder's batch norms: the release
 
 
 def load_image_encoder(encoder, path, pixels="auto"):
-    """Load anybody's weights of the same network into `encoder`, so that it computes on pixels normalised as here what they
-    compute on theirs.
+    """Load anybody's weights of the same network into `encoder`, so that it makes of pixels normalised as here what it made of
+    theirs.
 
     encoder: simipu.ResNet, or a timm network with its own names. path: the file. pixels: a key of PIXELS, how the file's pixels
     were normalised where it does not say; "auto" for the release's by their names, and else as here.
@@ -70,7 +70,7 @@ def load_image_encoder(encoder, path, pixels="auto"):
     """
     tensors, about, wrapper = _read(path)
     prefix, weights, summary = _choose(encoder, path, tensors, wrapper, IMAGE_BRANCHES, "the image encoder of --image-encoder")
-    release = prefix == "img_backbone." and "config" not in about and any(name.startswith("mlp_cross_img.") for name in tensors)
+    release = prefix == "img_backbone." and "mlp_cross_img.layer1.0.bias" in tensors  # our heads have the same names, but no biases
     notes = _convert_pixels(encoder, path, weights, about, pixels, release)
     if release:  # same function with our eps
         for name in weights:
@@ -206,6 +206,8 @@ def _convert_pixels(encoder, path, weights, about, pixels, release):
         if not stated and pixels == "auto":
             raise BadInput(f"{path}: its first layer has seen {seen}; say which by --init-pixels {'bgr_mean or rgb_mean' if not small else 'rgb or bgr'}")
         lines.append(f"WARNING: its first layer seems to have seen {seen}")
+    if small and pixels != "auto" and not release and "layer1.0.conv3.weight" in weights:
+        lines.append("WARNING: a Caffe-style ResNet (strides in the first 1x1 convolutions) would be another function here; weights do not show which it is")
     factor = torch.tensor(data.IMAGENET_STD) / torch.tensor(std)
     if channels == "BGR" or (factor - 1).abs().max() > 1e-3:
         first = next((f"{n}.weight" for n, m in encoder.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)

@@ -17,6 +17,8 @@ import runtime
 import simipu
 import weights
 
+# part of the config that mmcv keeps as text
+CONFIG = "model = dict(type='FCOS')\nimg_norm_cfg = dict(\n    mean=[{}],\n    std=[{}],\n    to_rgb={})\ntrain_pipeline = []"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of 0..1, RGB
 
 
@@ -86,7 +88,8 @@ def timm():
 
 def moco_v1():
     net, key = network(), network(seed=1)
-    state = named(key, "module.encoder_k.") | named(net, "module.encoder_q.") | head("module.encoder_q.fc.weight", "module.encoder_q.fc.bias", "module.queue")
+    state = named(key, "module.encoder_k.") | named(net, "module.encoder_q.")
+    state |= head("module.encoder_q.fc.weight", "module.encoder_q.fc.bias", "module.queue")
     return net, {"epoch": 200, "arch": "resnet18", "state_dict": state}, "taken: encoder_q.* of state_dict", "120 key encoder, 2 head or classifier, 1 queue"
 
 
@@ -121,7 +124,7 @@ def dino():
 
 def dino_full():
     net, student = network(), network(seed=1)
-    content = {"student": named(student, "module.backbone.") | head("module.head.mlp.0.weight"), "teacher": named(net, "backbone.") | head("head.mlp.0.weight")}
+    content = {"student": named(student, "module.backbone."), "teacher": named(net, "backbone.") | head("head.mlp.0.weight")}
     return net, content | {"args": argparse.Namespace(arch="resnet18"), "epoch": 9}, "taken: backbone.* of the teacher; its student is left", "1 head or classifier"
 
 
@@ -164,6 +167,10 @@ def test_the_release(tmp_path):
     assert "318 tensors loaded (100% of the parameters), 0 missing" in summary and "taken: img_backbone.*" in summary
     for words in ("4 queue", f"{210 + 120} key encoder", "6 predictor", "210 point encoder", "12 head", "2 other", "BGR, 0..255 less the mean", "converted"):
         assert words in summary, (words, summary)
+    content["meta"]["config"] = CONFIG.format("103.53, 116.28, 123.675", "1.0, 1.0, 1.0", False)
+    encoder, summary = load(content, tmp_path / "SimIPU_kitti_50e.pth", 50)
+    assert_same_function(encoder, net, channels="BGR", undivided=True)
+    assert "the config in the file says" in summary and "running variances" in summary
     loaded = simipu.PointEncoder(16)
     summary = weights.load_point_encoder(loaded, tmp_path / "SimIPU_kitti_50e.pth")
     assert "180 tensors loaded (100% of the parameters), 0 missing" in summary and "30 biases" in summary and "318 image encoder" in summary
@@ -199,11 +206,7 @@ def test_undivided_pixels_are_not_taken_for_divided_ones(tmp_path):
     assert weights.pixel_scale(fresh.state_dict()) is None and "assumed" in summary and encoder.conv1.weight.equal(fresh.conv1.weight)
 
 
-CONFIG = "model = dict(type='FCOS')\nimg_norm_cfg = dict(\n    mean=[{}],\n    std=[{}],\n    to_rgb={})\ntrain_pipeline = []"
-
-
 def test_pixels_by_the_config_in_the_file(tmp_path):
-    """mmcv keeps the text of the config."""
     with_config = lambda net, *said: {"state_dict": named(net, "backbone."), "meta": {"config": CONFIG.format(*said)}}
     net = network(channels="BGR", undivided=True)
     encoder, summary = load(with_config(net, "103.53, 116.28, 123.675", "1.0, 1.0, 1.0", False), tmp_path / "it.pth")
@@ -219,6 +222,7 @@ def test_pixels_by_the_config_in_the_file(tmp_path):
     caffe["meta"]["config"] += "\nbackbone = dict(style='caffe')"
     with pytest.raises(data.BadInput, match="Caffe"):
         load(caffe, tmp_path / "it.pth", 50)
+    assert "WARNING: if this is a Caffe-style" in load(named(network(50, channels="BGR", undivided=True)), tmp_path / "it.pth", 50, "bgr_mean")[1]
 
 
 def test_pixels_by_this_repos_own_words(tmp_path):
@@ -227,6 +231,9 @@ def test_pixels_by_this_repos_own_words(tmp_path):
     encoder, summary = load(own, tmp_path / "backbone.pt")
     assert_same_function(encoder, net, 1e-6)
     assert "assumed" not in summary and "converted" not in summary
+    heads = head("mlp_cross_img.layer1.0.weight", "mlp_cross_points.layer1.0.weight")  # a last.pt's model, saved again by someone: not the release's
+    encoder, summary = load(named(net, "img_backbone.") | heads, tmp_path / "it.pth")
+    assert_same_function(encoder, net, 1e-6)
     net = network(channels="BGR")
     encoder, summary = load({"state_dict": named(net), "meta": {"mean": MEAN[::-1], "std": STD[::-1], "channels": "BGR"}}, tmp_path / "it.pth")
     assert_same_function(encoder, net, channels="BGR")
@@ -322,7 +329,8 @@ def resnet50_names():
 
 def release_point_shapes():
     """From the release's config: sa_channels, aggregation_channels, in_channels 4, ConvModules of name conv and bn, all with bias=True."""
-    sa_channels = [[[32, 32, 64], [32, 32, 64], [64, 64, 128]], [[64, 64, 128], [64, 64, 128], [128, 128, 256]], [[128, 128, 256], [128, 128, 256], [256, 256, 512]]]
+    sa_channels = [[[32, 32, 64], [32, 32, 64], [64, 64, 128]], [[64, 64, 128], [64, 64, 128], [128, 128, 256]]]
+    sa_channels += [[[128, 128, 256], [128, 128, 256], [256, 256, 512]]]
     shapes, cin = {}, 1
 
     def conv_module(name, a, b, ones):
@@ -368,6 +376,7 @@ def test_export(finished, tmp_path):
         "torchvision": image, "timm": image, "mmdet": {"backbone." + k for k in image},
         "mmdet3d": {"img_backbone." + k for k in image} | points.keys(), "points": points.keys(),
     }  # fmt: skip
+    encoder = simipu.ResNet(50)
     for source in ("last.pt", "backbone.pt"):
         for format, names in expected.items():
             if source == "backbone.pt":
@@ -383,7 +392,8 @@ def test_export(finished, tmp_path):
             assert meta == json.loads(out.with_suffix(".json").read_text()) and (meta["step"], meta["git"], meta["format"]) == (7, "abc", format)
             if format != "points":
                 assert (meta["arch"], meta["channels"], meta["mean"], meta["std"]) == ("resnet50", "RGB", list(MEAN), list(STD))
-                encoder = simipu.ResNet(50)
+                for value in encoder.state_dict().values():
+                    value.zero_()
                 summary = weights.load_image_encoder(encoder, out)
                 assert "318 tensors loaded (100% of the parameters), 0 missing" in summary and "the file says" in summary and "converted" not in summary
                 assert_same_function(encoder, model.img_backbone, 1e-7)
@@ -457,7 +467,6 @@ def test_the_commands(run_script, scenes, tmp_path):
         if name.startswith(("img_backbone.", "pts_backbone.")) and name.endswith(("weight", "bias")):
             np.testing.assert_allclose(after[name], value, atol=1e-6)
 
-    torch.save(named(network(undivided=True)), tmp_path / "mean.pth")
-    done = run_script("simipu.py", *start, "--name", "new", "--init", "mean.pth")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--init-pixels bgr_mean or rgb_mean" in done.stderr
+    done = run_script("simipu.py", *start, "--name", "new", "--init", "it.pth", "--init-pixels", "bgr_mean")
+    assert done.returncode == 1 and done.stderr == "error: --init-pixels bgr_mean: it.pth itself says RGB, std 0.229, 0.224, 0.225\n"
     assert not Path(tmp_path / "out" / "new").exists()
