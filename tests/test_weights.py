@@ -83,7 +83,8 @@ def torchvision():
 
 def timm():
     net = network()
-    return net, {"state_dict": named(net) | head("fc.weight", "fc.bias"), "arch": "resnet18", "epoch": 3}, "taken: names without prefix of state_dict", "assumed"
+    state = named(net) | head("fc.weight", "fc.bias")
+    return net, {"state_dict": state, "arch": "resnet18", "epoch": 3}, "taken: names without prefix of state_dict", "2 head or classifier"
 
 
 def moco_v1():
@@ -125,7 +126,8 @@ def dino():
 def dino_full():
     net, student = network(), network(seed=1)
     content = {"student": named(student, "module.backbone."), "teacher": named(net, "backbone.") | head("head.mlp.0.weight")}
-    return net, content | {"args": argparse.Namespace(arch="resnet18"), "epoch": 9}, "taken: backbone.* of the teacher; its student is left", "1 head or classifier"
+    content |= {"args": argparse.Namespace(arch="resnet18"), "epoch": 9}
+    return net, content, "taken: backbone.* of the teacher; its student is left", "1 head or classifier"
 
 
 def dino_full_distributed():
@@ -222,7 +224,7 @@ def test_pixels_by_the_config_in_the_file(tmp_path):
     caffe["meta"]["config"] += "\nbackbone = dict(style='caffe')"
     with pytest.raises(data.BadInput, match="Caffe"):
         load(caffe, tmp_path / "it.pth", 50)
-    assert "WARNING: if this is a Caffe-style" in load(named(network(50, channels="BGR", undivided=True)), tmp_path / "it.pth", 50, "bgr_mean")[1]
+    assert "WARNING: a Caffe-style" in load(named(network(50, channels="BGR", undivided=True)), tmp_path / "it.pth", 50, "bgr_mean")[1]
 
 
 def test_pixels_by_this_repos_own_words(tmp_path):
