@@ -318,14 +318,15 @@ def test_points_refuse_what_does_not_fit(tmp_path):
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def resnet50_names():
+def resnet_names(depth):
     names = {"conv1.weight", *(f"bn1.{p}" for p in BN)}
-    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+    for stage, blocks in enumerate({18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth], start=1):
         for b in range(blocks):
-            for i in (1, 2, 3):
+            for i in (1, 2, 3) if depth == 50 else (1, 2):
                 names |= {f"layer{stage}.{b}.conv{i}.weight", *(f"layer{stage}.{b}.bn{i}.{p}" for p in BN)}
-        names |= {f"layer{stage}.0.downsample.0.weight", *(f"layer{stage}.0.downsample.1.{p}" for p in BN)}
-    assert len(names) == 318
+        if depth == 50 or stage > 1:
+            names |= {f"layer{stage}.0.downsample.0.weight", *(f"layer{stage}.0.downsample.1.{p}" for p in BN)}
+    assert len(names) == {18: 120, 50: 318}[depth]
     return names
 
 
@@ -351,7 +352,7 @@ def release_point_shapes():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """last.pt and backbone.pt as a run of ResNet-50 leaves them -> a function (changes of the config) -> folder, model."""
+    """last.pt and backbone.pt as a run leaves them -> a function (changes of the config) -> folder, model."""
 
     def make(**changes):
         folder = tmp_path_factory.mktemp("run")
@@ -371,20 +372,17 @@ def finished(tmp_path_factory):
     return make
 
 
-def test_export(finished, tmp_path):
-    folder, model = finished()
-    image, points = resnet50_names(), release_point_shapes()
+@pytest.mark.parametrize("depth", [18, 50])
+def test_export(finished, tmp_path, depth):
+    folder, model = finished(image_encoder=f"resnet{depth}")
+    image, points, encoder = resnet_names(depth), release_point_shapes(), simipu.ResNet(depth)
     expected = {
         "torchvision": image, "timm": image, "mmdet": {"backbone." + k for k in image},
         "mmdet3d": {"img_backbone." + k for k in image} | points.keys(), "points": points.keys(),
     }  # fmt: skip
-    encoder = simipu.ResNet(50)
-    for source in ("last.pt", "backbone.pt"):
-        for format, names in expected.items():
-            if source == "backbone.pt":
-                if format not in ("mmdet", "mmdet3d"):
-                    continue
-                names = {k for k in names if not k.startswith("pts_backbone.")}
+    for source, formats in {"last.pt": expected if depth == 18 else ["mmdet3d"], "backbone.pt": ["mmdet", "mmdet3d"] if depth == 18 else []}.items():
+        for format in formats:
+            names = {k for k in expected[format] if source == "last.pt" or not k.startswith("pts_backbone.")}
             out = tmp_path / source / f"{format}.pth"
             weights.export(folder / source, format=format, out=out)
             assert sorted(p.name for p in out.parent.glob(f"{format}.*")) == [f"{format}.json", f"{format}.pth"]
@@ -393,11 +391,12 @@ def test_export(finished, tmp_path):
             meta = saved["meta"]
             assert meta == json.loads(out.with_suffix(".json").read_text()) and (meta["step"], meta["git"], meta["format"]) == (7, "abc", format)
             if format != "points":
-                assert (meta["arch"], meta["channels"], meta["mean"], meta["std"]) == ("resnet50", "RGB", list(MEAN), list(STD))
+                assert (meta["arch"], meta["channels"], meta["mean"], meta["std"]) == (f"resnet{depth}", "RGB", list(MEAN), list(STD))
                 for value in encoder.state_dict().values():
                     value.zero_()
                 summary = weights.load_image_encoder(encoder, out)
-                assert "318 tensors loaded (100% of the parameters), 0 missing" in summary and "the file says" in summary and "converted" not in summary
+                assert f"{len(image)} tensors loaded (100% of the parameters), 0 missing" in summary
+                assert "the file says" in summary and "converted" not in summary
                 assert_same_function(encoder, model.img_backbone, 1e-7)
             norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
             assert meta.get("img_norm_cfg") == (norm if format.startswith("mm") else None)
@@ -408,7 +407,7 @@ def test_export(finished, tmp_path):
                 assert "180 tensors loaded (100% of the parameters), 0 missing" in weights.load_point_encoder(loaded, out)
                 assert all(v.equal(loaded.state_dict()[k]) for k, v in model.pts_backbone.state_dict().items())
     for load_it, part in ((weights.load_image_encoder, "img_backbone"), (weights.load_point_encoder, "pts_backbone")):  # last.pt itself
-        fresh = simipu.ResNet(50) if part == "img_backbone" else simipu.PointEncoder(16)
+        fresh = simipu.ResNet(depth) if part == "img_backbone" else simipu.PointEncoder(16)
         assert "0 missing" in load_it(fresh, folder / "last.pt")
         assert all(v.equal(fresh.state_dict()[k]) for k, v in getattr(model, part).state_dict().items())
 
