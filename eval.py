@@ -8,6 +8,7 @@ alone, which lowers both; only the gap between the two is what the network sees 
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ import data
 import ops_triton as ops
 import runtime
 import simipu
+import weights
 from data import BadInput
 
 
@@ -192,21 +194,30 @@ def positions(uv, width, height):
     return torch.stack([u**i * v**j for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)], 1)
 
 
-def ridge(gram, free, strength):
-    """Weights (free + C,) of least squares on standardised columns, of which the first `free`, a constant among them, are not
-    penalised. gram (free + C + 1, free + C + 1): inner products of all columns, with the target as last. Column 0 is the constant."""
-    n, mean = gram[0, 0], gram[0] / gram[0, 0]
-    deviation = (gram.diagonal() / n - mean**2).clamp(min=0).sqrt()
-    scale = torch.where(deviation > 1e-6 * gram.diagonal().div(n).sqrt(), 1 / deviation, 0.0)  # a column that never changes takes no part
-    scale[0] = scale[-1] = 1.0
-    scale[1:free] = 1.0
-    shift = torch.eye(len(gram), dtype=gram.dtype)
-    shift[0, free:-1] = -mean[free:-1]  # columns less their mean
-    A = (shift * scale).T @ gram @ (shift * scale) / n
-    penalty = torch.full((len(gram) - 1,), strength, dtype=gram.dtype)
-    penalty[:free] = 1e-9
-    weights = torch.linalg.solve(A[:-1, :-1] + torch.diag(penalty), A[:-1, -1])
-    return (shift[:-1, :-1] * scale[:-1]) @ weights
+def standardised(gram, free):
+    """From inner products of columns (a constant first, target last) to those with the columns behind the first `free` centred and
+    scaled to variance 1, divided by the number of rows. -> gram, mean, scale. A column that never changes gets scale 0."""
+    n = gram[0, 0].clone()
+    mean, scale = gram[0] / n, torch.ones(len(gram), dtype=gram.dtype)
+    mean[:free], mean[-1] = 0, 0
+    variance = gram.diagonal() / n - mean**2
+    scale[free:-1] = torch.where(variance > 1e-9 * gram.diagonal() / n, variance.clamp(min=0).rsqrt(), 0.0)[free:-1]
+    centred = gram - mean[:, None] * gram[0] - gram[:, :1] * mean + n * mean[:, None] * mean
+    return centred * scale[:, None] * scale / n, mean, scale
+
+
+def ridge(gram, free, strengths):
+    """Least squares with a ridge on all but the first `free` columns. gram (free + C + 1, same): inner products of all columns, a
+    constant first and the target last. -> {strength: weights (free + C,)}, to be applied to the columns as they were."""
+    A, mean, scale = standardised(gram, free)
+    out = {}
+    for strength in strengths:
+        penalty = torch.full((len(A) - 1,), strength, dtype=A.dtype)
+        penalty[:free] = 1e-9
+        w = torch.linalg.solve(A[:-1, :-1] + torch.diag(penalty), A[:-1, -1]) * scale[:-1]
+        w[0] -= (w * mean[:-1]).sum()
+        out[strength] = w
+    return out
 
 
 def fit_and_score(columns, target, free):
@@ -214,27 +225,29 @@ def fit_and_score(columns, target, free):
     (n,) each. -> squared errors, a tensor (n,) a frame. Frames are split into FOLDS runs of neighbours; the strength for a fold is
     the one with the least error in cross-validation among the others."""
     folds = [list(map(int, fold)) for fold in np.array_split(np.arange(len(columns)), min(FOLDS, len(columns)))]
-
-    def gram(fold):
+    grams = []
+    for fold in folds:
         Z = torch.cat([torch.cat([columns[i], target[i][:, None]], 1) for i in fold]).double()
-        return Z.T @ Z
+        grams.append(Z.T @ Z)
+    total, strengths = sum(grams), STRENGTHS if columns[0].shape[1] > free and len(folds) > 2 else STRENGTHS[:1]
 
-    grams = [gram(fold) for fold in folds]
+    def error(w, fold):  # sum of squares, from inner products alone
+        w = torch.cat([w, -torch.ones(1, dtype=w.dtype)])
+        return float(w @ grams[fold] @ w)
 
-    def error(weights, held):  # sum of squares, from inner products alone
-        w = torch.cat([weights, -torch.ones(1, dtype=weights.dtype)])
-        return float(w @ grams[held] @ w)
-
+    # fitted without folds j and k, the error on j decides the strength for k, and the other way round
+    loss = np.zeros((len(folds), len(strengths)))
+    if len(strengths) > 1:
+        for j, k in itertools.combinations(range(len(folds)), 2):
+            for s, w in enumerate(ridge(total - grams[j] - grams[k], free, strengths).values()):
+                loss[k, s] += error(w, j)
+                loss[j, s] += error(w, k)
     errors = [None] * len(columns)
     for k, fold in enumerate(folds):
-        others = [j for j in range(len(folds)) if j != k]
-        strength = STRENGTHS[0]
-        if columns[0].shape[1] > free and len(others) > 1:
-            loss = {s: sum(error(ridge(sum(grams[i] for i in others if i != j), free, s), j) for j in others) for s in STRENGTHS}
-            strength = min(loss, key=loss.get)
-        weights = ridge(sum(grams[i] for i in others), free, strength)
+        strength = strengths[loss[k].argmin()]
+        w = ridge(total - grams[k], free, [strength])[strength]
         for i in fold:
-            errors[i] = (columns[i].double() @ weights - target[i]) ** 2
+            errors[i] = (columns[i].double() @ w - target[i]) ** 2
     return errors
 
 
@@ -491,14 +504,14 @@ def probe_command(
     encoders = {name_of(checkpoint): model.img_backbone, "random": simipu.build_image_encoder(c.image_encoder).to(device)}
     for path in also:
         encoder = simipu.build_image_encoder(c.image_encoder)
-        notes.append(runtime.load_image_encoder(encoder, path))
+        notes.append(weights.load_image_encoder(encoder, path))
         encoders[name_of(path) if name_of(path) not in encoders else str(path)] = encoder.to(device)
     rows = probe(encoders, chosen, c, device, points, stage)
     print("\n".join([*notes, f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each", *probe_table(rows)]))
 
 
 def main():
-    runtime.commands({"match": match_command, "probe": probe_command}, __doc__)
+    runtime.commands({"match": match_command, "probe": probe_command, "export": weights.export}, __doc__)
 
 
 if __name__ == "__main__":

@@ -220,30 +220,6 @@ def read_checkpoint(path):
         raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__})") from None
 
 
-PREFIXES = ("module.", "_orig_mod.", "encoder_q.", "img_backbone.", "backbone.")
-
-
-def load_image_encoder(encoder, path):
-    """Load weights of anybody's ResNet of the same depth; print what was taken, and raise BadInput below 90 % of the parameters."""
-    found = read_checkpoint(path)
-    for wrapper in ("state_dict", "model"):
-        found = found.get(wrapper, found) if isinstance(found, dict) else {}
-    weights = {}
-    for name, value in found.items():
-        while name.startswith(PREFIXES):
-            name = name.split(".", 1)[1]
-        weights[name] = value
-    own = encoder.state_dict()
-    fits = {k: v for k, v in weights.items() if k in own and torch.is_tensor(v) and v.shape == own[k].shape}
-    wanted = {k for k, _ in encoder.named_parameters()}
-    share = sum(own[k].numel() for k in wanted & fits.keys()) / sum(own[k].numel() for k in wanted)
-    summary = f"{path}: {len(fits)} tensors loaded ({share:.0%} of the parameters), {len(own.keys() - fits.keys())} missing, {len(weights.keys() - fits.keys())} unexpected"
-    if share < 0.9:
-        raise BadInput(summary + "; is this the image encoder of --image-encoder?")
-    encoder.load_state_dict(fits, strict=False)
-    return summary
-
-
 def as_json(c, without=()):
     """A config as plain values that survive a checkpoint and a comparison (tuples become lists)."""
     return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(c))).items() if k not in without}

@@ -42,6 +42,7 @@ from tqdm import tqdm
 import data
 import ops_triton as ops
 import runtime
+import weights
 from data import BadInput
 
 
@@ -148,7 +149,11 @@ class Config:
     out: str = "out"
     """Folder of all runs."""
     init: str | None = None
-    """Weights the image encoder starts from: a backbone.pt, a torchvision ResNet. ImageNet's make the paper's double fine-tuning."""
+    """Weights the image encoder starts from: anybody's, see weights.py. ImageNet's make the paper's double fine-tuning."""
+    init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
+    """Channel order of that file's pixels, and _mean if they were 0..255 less the mean, undivided. auto: the file says, or rgb."""
+    init_points: str | None = None
+    """Weights the point encoder starts from: a last.pt, an export with points, the release's."""
     seed: int = 0
     """Of weights, order, sampling and views."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -646,7 +651,8 @@ def train(c):
 
     # ============ networks and optimisers ============
     model = SimIPU(c).to(run.device, memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
-    notes = [runtime.load_image_encoder(model.img_backbone, c.init)] if c.init else []
+    notes = [weights.load_image_encoder(model.img_backbone, c.init, c.init_pixels)] if c.init else []
+    notes += [weights.load_point_encoder(model.pts_backbone, c.init_points)] if c.init_points else []
     if run.device.type == "cuda" and run.world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         for layer in model.modules():
@@ -704,16 +710,14 @@ def train(c):
         runtime.save_atomically(state | about | seen, folder / "last.pt")
         if c.inter_weight:
             pixels = {"mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB"}
-            weights = {k: v.cpu().contiguous() for k, v in model.img_backbone.state_dict().items()}
-            runtime.save_atomically({"state_dict": weights, "arch": c.image_encoder, "step": step, **pixels}, folder / "backbone.pt")
+            state_dict = {k: v.cpu().contiguous() for k, v in model.img_backbone.state_dict().items()}
+            runtime.save_atomically({"state_dict": state_dict, "arch": c.image_encoder, "step": step, "git": about["git"], **pixels}, folder / "backbone.pt")
 
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
         runtime.cut_log(folder / "log.jsonl", start)
         million = sum(p.numel() for p in owned) / 1e6
-        for note in notes:
-            print(note)
-        print(f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}")
+        print("\n".join([*notes, f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}"]))
         smaller = f" (not {c.group}: --batch-size is too small for so many processes)" if group < c.group else ""
         print(f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames{smaller}, {group * c.places} pairs a pass")
         print(f"steps {start} to {steps}, {steps_per_epoch} an epoch, into {folder}/", flush=True)

@@ -52,23 +52,6 @@ def test_demo_in_miniature(run_script, tmp_path):
     assert other.returncode == 0 and figures(tmp_path / "out" / "other")[1][2:] != figures(out)[1][2:]
 
 
-def test_backbone_file(run_script, scenes, tmp_path):
-    """backbone.pt has torchvision's names and its normalisation, and --init takes it, and takes nothing else."""
-    start = ["demo", "--data-root", scenes, *MINI, "--max-steps", 2]
-    assert run_script("simipu.py", *start).returncode == 0
-    saved = torch.load(tmp_path / "out" / "demo" / "backbone.pt", weights_only=True)
-    assert saved["channels"] == "RGB" and list(saved["mean"]) == [0.485, 0.456, 0.406] and saved["arch"] == "resnet18" and saved["step"] == 2
-    names = set(saved["state_dict"])
-    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "layer4.1.bn2.bias"} <= names
-    assert len(names) == 122 - 2  # torchvision's resnet18 has two more, of its classifier
-    done = run_script("simipu.py", *start, "--name", "again", "--init", "out/demo/backbone.pt")
-    assert done.returncode == 0 and "120 tensors loaded (100% of the parameters), 0 missing, 0 unexpected" in done.stdout
-    prefixed = {"state_dict": {"module.encoder_q." + k: v for k, v in saved["state_dict"].items()} | {"fc.weight": torch.zeros(1)}}
-    torch.save(prefixed, tmp_path / "moco.pth")
-    done = run_script("simipu.py", *start, "--name", "moco", "--init", "moco.pth")
-    assert done.returncode == 0 and "120 tensors loaded (100% of the parameters), 0 missing, 1 unexpected" in done.stdout
-
-
 def test_two_processes(run_script, scenes, tmp_path):
     done = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 20, processes=2)
     assert done.returncode == 0, done.stderr
