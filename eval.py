@@ -192,7 +192,7 @@ def show(
     said = {
         "projection.png": pictures.draw_projection(trained_on, folder / "projection.png", how),
         "pairs.png": pictures.draw_pairs(model, trained_on, folder / "pairs.png", pairs),
-        "features.png": pictures.draw_features(plain, found, folder / "features.png", f"{name}: features as colours, equal features have equal colours", pairs),
+        "features.png": pictures.draw_features(plain, found, folder / "features.png", name, pairs),
         "similarity.png": pictures.draw_similarity(plain, found, folder / "similarity.png", place, f"{name}: what is like the place at {at} (star)?"),
     }
     said["similarity.png"] += f" (place at {at}: {chosen})"

@@ -238,10 +238,11 @@ def draw_projection(view, path, title):
     axis.imshow(image)
     dots = axis.scatter(*uv.T, c=depth, cmap="turbo", vmin=0, vmax=FAR, s=np.clip(20000 / len(points), 1.5, 6), linewidths=0)
     top.colorbar(dots, ax=axis, label="depth of the LiDAR point, m", shrink=0.8, pad=0.01, extend="max")
-    axis.set_title(title, fontsize=11)
+    axis.set_title(f"{title}\nevery LiDAR point in the colour of its depth", fontsize=11)
     axis.set_xlabel("u, pixels")
     axis.set_ylabel("v, pixels")
-    bottom.suptitle("close-ups of the boxes: colours should change where the image shows the edge of a thing", fontsize=11)
+    parallax = "(beside an edge the LiDAR, which stands elsewhere than the camera, sees a little past it)"
+    bottom.suptitle(f"close-ups of the boxes: colours should change where the image shows the edge of a thing {parallax}", fontsize=11)
     w, h = width / 8, width / 8 * 0.8
     for i, (spot, close) in enumerate(zip(spots, np.atleast_1d(bottom.subplots(1, max(len(spots), 1)))), start=1):
         u = np.clip(spot[0] - w / 2, -0.5, width - 0.5 - w)
@@ -261,7 +262,7 @@ def draw_projection(view, path, title):
 def _coloured_cloud(axis, cloud, places, colours, title, left=True):
     """A cloud (N, 3+) from above, each point in the colour (P, 3) of its nearest place (P, 3), which is ringed."""
     nearest = cKDTree(places).query(cloud[:, :3])[1]
-    axis.scatter(-cloud[:, 1], cloud[:, 0], s=1.2, c=colours[nearest], linewidths=0)
+    axis.scatter(-cloud[:, 1], cloud[:, 0], s=np.clip(14000 / len(cloud), 1.0, 4), c=colours[nearest], linewidths=0)
     axis.scatter(-places[:, 1], places[:, 0], s=18, c=colours, edgecolors="black", linewidths=0.5)
     _from_above(axis, title, left)
 
@@ -276,9 +277,10 @@ def draw_features(view, found, path, title, match_places):
     places, places_beta, uv = (found[k].numpy() for k in ("places", "places_beta", "uv"))
     said = []
     inter, intra = "point" in found, "alpha" in found
-    plt, figure = _figure(15, 3 + 6 * inter + 5.6 * intra)
-    parts = figure.subfigures(inter + intra, 1, height_ratios=[6.6] * inter + [5.8] * intra, squeeze=False)[:, 0]
-    figure.suptitle(title, fontsize=12)
+    tall = 9.8 * height / width  # inches of an image
+    heights = [2 * tall + 1.8] * inter + [6.0] * intra
+    plt, figure = _figure(15, sum(heights))
+    parts = figure.subfigures(inter + intra, 1, height_ratios=heights, squeeze=False)[:, 0]
 
     if inter:
         # each set around its own mean: a softmax over pixels does not see what all pixels share, so Eq. 7 leaves that free
@@ -289,18 +291,21 @@ def draw_features(view, found, path, title, match_places):
         grey = image.mean(2, keepdims=True)
         agreement = np.corrcoef(point_rgb[seen].flatten(), pixel_rgb[seen].flatten())[0, 1]
         images, above = parts[0].subfigures(1, 2, width_ratios=[0.68, 0.32])
-        parts[0].suptitle("inter-modal features (Eq. 7): a dot should have the colour of the image beneath it", fontsize=11)
+        parts[0].suptitle(
+            f"{title}. Inter-modal features (Eq. 7) as colours: a dot should have the colour of the image beneath it"
+            f" (over all places they correlate by {agreement:.2f}; unrelated: 0)", fontsize=11,
+        )  # fmt: skip
         upper, lower = images.subplots(2, 1)
         upper.imshow(np.repeat(0.25 + 0.75 * grey, 3, 2))
         upper.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=42, edgecolors="black", linewidths=0.6)
         upper.set_title("places in the colours of their point features", fontsize=10)
-        lower.imshow(tint * (0.35 + 0.65 * grey))
+        lower.imshow(tint * (0.5 + 0.5 * grey))
         lower.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=42, edgecolors="black", linewidths=0.6)
         lower.set_title("the image in the colours of its own features, the same places on it", fontsize=10)
         for axis in (upper, lower):
             axis.set_xticks([])
             axis.set_yticks([])
-        _coloured_cloud(above.subplots(), alpha, places, point_rgb.numpy(), "the same places from above (ringed)\nand each point in the colour of its nearest place")
+        _coloured_cloud(above.subplots(), alpha, places, point_rgb.numpy(), "the same places from above (ringed),\nthe sweep in the colour of the nearest place")
         said.append(f"inter: colours of places and of the image beneath correlate by {agreement:.2f}")
     if intra:
         T = view["T"][0].double().cpu().numpy()
@@ -308,11 +313,15 @@ def draw_features(view, found, path, title, match_places):
         alpha_rgb, beta_rgb = shared_colours(torch.cat([found["alpha"], found["beta"]]), found["alpha"], found["beta"])
         cosine = found["alpha"] @ found["beta"][partner].T
         top1 = (cosine >= cosine.diagonal()[:, None]).sum(1) == 1
-        parts[-1].suptitle("intra-modal features (Eq. 4): a thing should have the same colour in both views", fontsize=11)
+        off = (cosine.sum() - cosine.diagonal().sum()) / max(cosine.numel() - len(cosine), 1)
+        parts[-1].suptitle(
+            f"{'' if inter else title + '. '}Intra-modal features (Eq. 4) as colours: a thing should have the same colour in both views"
+            f" (matched places: mean cosine {cosine.diagonal().mean():.2f}, all others {off:.2f})", fontsize=11,
+        )  # fmt: skip
         left, right = parts[-1].subplots(1, 2)
         _coloured_cloud(left, alpha, places, alpha_rgb.numpy(), "view alpha from above")
         _coloured_cloud(right, beta, places_beta, beta_rgb.numpy(), "view beta from above: turned, scaled" + (" and mirrored" if _mirrored(view) else ""), False)
-        said.append(f"intra: matched places have cosine {cosine.diagonal().mean():.2f}, {100 * top1.float().mean():.0f} % are each other's best")
+        said.append(f"intra: matched places have cosine {cosine.diagonal().mean():.2f}, {100 * top1.float().mean():.0f} % of alpha's find theirs first")
     said += [f"no {name} branch in this checkpoint, no picture of it" for name, has in (("inter-modal", inter), ("intra-modal", intra)) if not has]
     _save(plt, figure, path)
     return "; ".join(said)
@@ -320,7 +329,7 @@ def draw_features(view, found, path, title, match_places):
 
 def choose_place(found, height, width, point=None, pixel=None):
     """The place to ask about, an index, and how it was chosen, in words: nearest to `point` (x, y, z), LiDAR metres, or to `pixel`
-    (u, v); else the one nearest the image's middle that stands off the ground within 30 m. Only places in the image count.
+    (u, v); else the one nearest the image's middle that stands off the ground within 20 m. Only places in the image count.
     Raises BadInput for numbers that are not finite, a pixel outside the image, or a frame without places in its image."""
     seen = found["visible"].numpy()
     places, uv = found["places"].numpy(), found["uv"].numpy()
@@ -339,7 +348,7 @@ def choose_place(found, height, width, point=None, pixel=None):
         distance = np.linalg.norm(uv - np.array(pixel), axis=1)
         i = int(np.where(seen, distance, np.inf).argmin())
         return i, f"place nearest to --pixel, {distance[i]:.0f} pixels from it"
-    stands = seen & (places[:, 2] > GROUND) & (found["depth"].numpy() < 30)
+    stands = seen & (places[:, 2] > GROUND) & (found["depth"].numpy() < 20)
     distance = np.linalg.norm(uv - np.array([width / 2, height / 2]), axis=1)
     return int(np.where(stands if stands.any() else seen, distance, np.inf).argmin()), "place off the ground nearest the middle of the image"
 
@@ -353,8 +362,7 @@ def draw_similarity(view, found, path, place, title):
     height, width = image.shape[:2]
     alpha, places, uv = view["alpha"][0].cpu().numpy(), found["places"].numpy(), found["uv"].numpy()
     inter = "point" in found
-    tall = 10.6 * height / width
-    plt, figure = _figure(15, 1.7 + tall * (1.3 + 1) if inter else 1.7 + tall * 1.3)
+    plt, figure = _figure(15, max(0.7 + (1 + inter) * (9.2 * height / width + 0.65), 6))
     figure.suptitle(title, fontsize=12)
     star = {"marker": "*", "s": 330, "c": "white", "edgecolors": "black", "linewidths": 1.3, "zorder": 5}
     grey = np.repeat(0.2 + 0.8 * image.mean(2, keepdims=True), 3, 2)
@@ -367,16 +375,16 @@ def draw_similarity(view, found, path, place, title):
         axes[0].imshow(grey)
         shown = axes[0].imshow(heat, cmap="turbo", vmin=low, vmax=high, alpha=0.6)
         axes[0].scatter(*uv[seen].T, s=9, facecolors="none", edgecolors="black", linewidths=0.6)
-        left.colorbar(shown, ax=axes[0], label="cosine", shrink=0.8, pad=0.01, extend="both")
+        left.colorbar(shown, cax=axes[0].inset_axes([1.01, 0, 0.015, 1]), label="cosine", extend="both").solids.set_alpha(1)
         rank, candidates = rank_of(place, found)
         own = (found["point"][place] @ found["pixel"][place]).item()
-        what = f"its own pixel has cosine {own:.2f} and comes {rank + 1}. of the pixels of {candidates} places (circles)"
-        axes[0].set_title(f"the place's point feature against the image: {what}", fontsize=10)
+        what = f"its own pixel has cosine {own:.2f} and ranks {rank + 1} of {candidates}, 1 is best, among the pixels of all places (circles)"
+        axes[0].set_title(f"cosine of its point feature with the image feature at every pixel;\n{what}", fontsize=10)
         values = (found["point"] @ found["pixel"][place]).numpy()
-        reverse, said = "the image feature at the star against the point feature of every place", f"inter: {what}"
+        reverse, said = "the other way round: cosine of the image feature at the star with the point feature of every place", f"inter: {what}"
     else:
         values = (found["alpha"] @ found["alpha"][place]).numpy()
-        reverse, said = "the place's point feature (Eq. 4) against those of all places", "no inter-modal branch in this checkpoint: points against points"
+        reverse, said = "cosine of its point feature (Eq. 4) with those of all places", "no inter-modal branch in this checkpoint: points against points"
     limits = {"cmap": "turbo", "vmin": np.percentile(values[seen], 2), "vmax": np.sort(values[seen])[-2:].min()}
     axes[-1].imshow(grey)
     axes[-1].scatter(*uv[seen].T, c=values[seen], s=42, edgecolors="black", linewidths=0.6, **limits)
@@ -389,10 +397,10 @@ def draw_similarity(view, found, path, place, title):
     axes[-1].set_xlabel("u, pixels")
     above = right.subplots()
     nearest = cKDTree(places).query(alpha[:, :3])[1]
-    above.scatter(-alpha[:, 1], alpha[:, 0], s=1.2, c=values[nearest], linewidths=0, **limits)
+    above.scatter(-alpha[:, 1], alpha[:, 0], s=np.clip(14000 / len(alpha), 1.0, 4), c=values[nearest], linewidths=0, **limits)
     dots = above.scatter(-places[:, 1], places[:, 0], c=values, s=20, edgecolors="black", linewidths=0.5, **limits)
     above.scatter(-places[place, 1], places[place, 0], **star)
     right.colorbar(dots, ax=above, label="cosine", pad=0.01, extend="both", location="bottom", shrink=0.8)
-    _from_above(above, "the same from above")
+    _from_above(above, "the lower picture from above" if inter else "the same from above")
     _save(plt, figure, path)
     return said
