@@ -1,4 +1,6 @@
-"""Is it learning, and is it right: matching on frames never trained on, and pictures.
+"""Is it learning, and is it right: matching on frames never trained on, and pictures of one frame.
+
+    python eval.py show out/demo/last.pt --split val --frame 3       # four PNGs into out/demo/show/; every flag: --help
 
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
 feature is ranked among all of the frame's by its similarity to the place's point feature. Asked twice, of the right image
@@ -8,6 +10,7 @@ alone, which lowers both; only the gap between the two is what the network sees 
 
 import copy
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Literal
@@ -183,7 +186,7 @@ def show(
     name = frames[index].name
     folder = out or checkpoint.parent / "show" / name
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = lambda a, b: simipu.match_places(a, b, c.matching)
+    pairs = functools.partial(simipu.match_places, method=c.matching)
     old, new = sample["image"].shape[1::-1], trained_on["image"].shape[:1:-1]
     scale = min(b / o for b, o in zip(box, old))
     how = f"{name} as training sees it with seed {seed}: {old[0]} x {old[1]} pixels scaled by {scale:.2f}, "

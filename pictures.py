@@ -48,6 +48,11 @@ def _mirrored(view):
     return bool(torch.linalg.det(view["T"][0, :3, :3].double()) < 0)
 
 
+def _dot(count, area=42):
+    """Size of a marker, in square points, so that so many places do not hide what lies beneath."""
+    return float(np.clip(area * 170 / count, area / 4, area))
+
+
 def _from_above(axis, title, left=True):
     axis.set_title(title, fontsize=10)
     axis.set_aspect("equal")
@@ -106,7 +111,7 @@ def draw_pairs(model, view, path, match_places):
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.42, 0.58])
     axis = top.subplots()
     axis.imshow(image)
-    for points, style in ((alpha, {"s": 1.2}), (a, {"s": 26, "edgecolors": "black", "linewidths": 0.8})):
+    for points, style in ((alpha, {"s": 1.2}), (a, {"s": _dot(len(a), 26), "edgecolors": "black", "linewidths": 0.8})):
         uv, depth = data.project(points, lidar2img)
         seen = data.inside_image(uv, depth, image.shape[1], image.shape[0])
         dots = axis.scatter(*uv[seen].T, c=depth[seen], cmap="turbo", vmin=0, vmax=FAR, **style)
@@ -196,10 +201,10 @@ def similarity_map(grid, feature, height, width, step=STEP):
     return on_image((grid @ feature)[..., None], step, height, width)[..., 0]
 
 
-def rank_of(place, found):
-    """How many of the visible places' pixels are more like the point feature of `place` than its own pixel is, and of how many."""
-    cosine = found["pixel"][found["visible"]] @ found["point"][place]
-    return int((cosine > found["pixel"][place] @ found["point"][place]).sum()), len(cosine)
+def ranks(found):
+    """For every place, how many visible places' pixels are more like its point feature than its own pixel is: (P,) int64, 0 is best."""
+    cosine = found["point"] @ found["pixel"].T  # (P, P)
+    return (cosine > cosine.diagonal()[:, None])[:, found["visible"]].sum(1)
 
 
 # -----------------------------------------------------------------------------
@@ -208,8 +213,10 @@ def rank_of(place, found):
 
 def edges_in_depth(uv, depth, z, width, count=3):
     """The (u, v) of up to `count` spots where near things hide far ones, an eighth of the width apart: where misalignment would show."""
-    near, neighbour = cKDTree(uv).query(uv, 7)
-    jump = np.where(near < width / 60, depth[neighbour] / depth[:, None], 1).max(1)
+    near, neighbour = cKDTree(uv).query(uv, min(12, len(uv)))
+    du, dv = np.abs(uv[neighbour] - uv[:, None]).transpose(2, 0, 1)
+    beside = (near < width / 60) & (dv < du)  # the ground's depth jumps from one scan line to the next, but not along it
+    jump = np.where(beside, depth[neighbour] / depth[:, None], 1).max(1)
     edge = (jump > 1.3) & (depth < 25) & (z > GROUND)
     size = width / 8
     spots = uv[edge]
@@ -263,7 +270,7 @@ def _coloured_cloud(axis, cloud, places, colours, title, left=True):
     """A cloud (N, 3+) from above, each point in the colour (P, 3) of its nearest place (P, 3), which is ringed."""
     nearest = cKDTree(places).query(cloud[:, :3])[1]
     axis.scatter(-cloud[:, 1], cloud[:, 0], s=np.clip(14000 / len(cloud), 1.0, 4), c=colours[nearest], linewidths=0)
-    axis.scatter(-places[:, 1], places[:, 0], s=18, c=colours, edgecolors="black", linewidths=0.5)
+    axis.scatter(-places[:, 1], places[:, 0], s=_dot(len(places), 20), c=colours, edgecolors="black", linewidths=0.5)
     _from_above(axis, title, left)
 
 
@@ -286,27 +293,27 @@ def draw_features(view, found, path, title, match_places):
         # each set around its own mean: a softmax over pixels does not see what all pixels share, so Eq. 7 leaves that free
         pixel_mean, point_mean = found["pixel"][seen].mean(0), found["point"][seen].mean(0)
         point, pixel, grid = found["point"] - point_mean, found["pixel"] - pixel_mean, found["grid"] - pixel_mean
-        point_rgb, pixel_rgb, grid_rgb = shared_colours(torch.cat([point[seen], pixel[seen]]), point, pixel, grid)
+        point_rgb, grid_rgb = shared_colours(torch.cat([point[seen], pixel[seen]]), point, grid)
         tint = on_image(grid_rgb, STEP, height, width).numpy()
         grey = image.mean(2, keepdims=True)
-        agreement = np.corrcoef(point_rgb[seen].flatten(), pixel_rgb[seen].flatten())[0, 1]
+        rank = 100 * np.median(ranks(found)[seen]) / max(seen.sum() - 1, 1)
         images, above = parts[0].subfigures(1, 2, width_ratios=[0.68, 0.32])
         parts[0].suptitle(
             f"{title}. Inter-modal features (Eq. 7) as colours: a dot should have the colour of the image beneath it"
-            f" (over all places they correlate by {agreement:.2f}; unrelated: 0)", fontsize=11,
+            f" (median rank of a place's own pixel among all: {rank:.0f} %, chance 50 %)", fontsize=11,
         )  # fmt: skip
         upper, lower = images.subplots(2, 1)
         upper.imshow(np.repeat(0.25 + 0.75 * grey, 3, 2))
-        upper.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=42, edgecolors="black", linewidths=0.6)
+        upper.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=_dot(len(places)), edgecolors="black", linewidths=0.6)
         upper.set_title("places in the colours of their point features", fontsize=10)
         lower.imshow(tint * (0.5 + 0.5 * grey))
-        lower.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=42, edgecolors="black", linewidths=0.6)
+        lower.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=_dot(len(places)), edgecolors="black", linewidths=0.6)
         lower.set_title("the image in the colours of its own features, the same places on it", fontsize=10)
         for axis in (upper, lower):
             axis.set_xticks([])
             axis.set_yticks([])
         _coloured_cloud(above.subplots(), alpha, places, point_rgb.numpy(), "the same places from above (ringed),\nthe sweep in the colour of the nearest place")
-        said.append(f"inter: colours of places and of the image beneath correlate by {agreement:.2f}")
+        said.append(f"inter: median rank of a place's own pixel among the frame's places {rank:.1f} %, 0 best, chance 50 %")
     if intra:
         T = view["T"][0].double().cpu().numpy()
         partner = match_places(places @ T[:3, :3].T + T[:3, 3], places_beta.astype(np.float64))
@@ -321,7 +328,7 @@ def draw_features(view, found, path, title, match_places):
         left, right = parts[-1].subplots(1, 2)
         _coloured_cloud(left, alpha, places, alpha_rgb.numpy(), "view alpha from above")
         _coloured_cloud(right, beta, places_beta, beta_rgb.numpy(), "view beta from above: turned, scaled" + (" and mirrored" if _mirrored(view) else ""), False)
-        said.append(f"intra: matched places have cosine {cosine.diagonal().mean():.2f}, {100 * top1.float().mean():.0f} % of alpha's find theirs first")
+        said.append(f"intra: matched places have cosine {cosine.diagonal().mean():.2f}, others {off:.2f}; {100 * top1.float().mean():.0f} % have it as the best of all")
     said += [f"no {name} branch in this checkpoint, no picture of it" for name, has in (("inter-modal", inter), ("intra-modal", intra)) if not has]
     _save(plt, figure, path)
     return "; ".join(said)
@@ -374,9 +381,9 @@ def draw_similarity(view, found, path, place, title):
         low, high = np.percentile(heat, [2, 99.8])
         axes[0].imshow(grey)
         shown = axes[0].imshow(heat, cmap="turbo", vmin=low, vmax=high, alpha=0.6)
-        axes[0].scatter(*uv[seen].T, s=9, facecolors="none", edgecolors="black", linewidths=0.6)
+        axes[0].scatter(*uv[seen].T, s=_dot(len(places), 9), facecolors="none", edgecolors="black", linewidths=0.6)
         left.colorbar(shown, cax=axes[0].inset_axes([1.01, 0, 0.015, 1]), label="cosine", extend="both").solids.set_alpha(1)
-        rank, candidates = rank_of(place, found)
+        rank, candidates = int(ranks(found)[place]), int(seen.sum())
         own = (found["point"][place] @ found["pixel"][place]).item()
         what = f"its own pixel has cosine {own:.2f} and ranks {rank + 1} of {candidates}, 1 is best, among the pixels of all places (circles)"
         axes[0].set_title(f"cosine of its point feature with the image feature at every pixel;\n{what}", fontsize=10)
@@ -387,7 +394,7 @@ def draw_similarity(view, found, path, place, title):
         reverse, said = "cosine of its point feature (Eq. 4) with those of all places", "no inter-modal branch in this checkpoint: points against points"
     limits = {"cmap": "turbo", "vmin": np.percentile(values[seen], 2), "vmax": np.sort(values[seen])[-2:].min()}
     axes[-1].imshow(grey)
-    axes[-1].scatter(*uv[seen].T, c=values[seen], s=42, edgecolors="black", linewidths=0.6, **limits)
+    axes[-1].scatter(*uv[seen].T, c=values[seen], s=_dot(len(places)), edgecolors="black", linewidths=0.6, **limits)
     axes[-1].set_title(reverse, fontsize=10)
     for axis in axes:
         axis.scatter(*uv[place], **star)
@@ -398,7 +405,7 @@ def draw_similarity(view, found, path, place, title):
     above = right.subplots()
     nearest = cKDTree(places).query(alpha[:, :3])[1]
     above.scatter(-alpha[:, 1], alpha[:, 0], s=np.clip(14000 / len(alpha), 1.0, 4), c=values[nearest], linewidths=0, **limits)
-    dots = above.scatter(-places[:, 1], places[:, 0], c=values, s=20, edgecolors="black", linewidths=0.5, **limits)
+    dots = above.scatter(-places[:, 1], places[:, 0], c=values, s=_dot(len(places), 20), edgecolors="black", linewidths=0.5, **limits)
     above.scatter(-places[place, 1], places[place, 0], **star)
     right.colorbar(dots, ax=above, label="cosine", pad=0.01, extend="both", location="bottom", shrink=0.8)
     _from_above(above, "the lower picture from above" if inter else "the same from above")
