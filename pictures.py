@@ -217,7 +217,7 @@ def edges_in_depth(uv, depth, z, width, count=3):
     du, dv = np.abs(uv[neighbour] - uv[:, None]).transpose(2, 0, 1)
     beside = (near < width / 60) & (dv < du)  # the ground's depth jumps from one scan line to the next, but not along it
     jump = np.where(beside, depth[neighbour] / depth[:, None], 1).max(1)
-    edge = (jump > 1.3) & (depth < 25) & (z > GROUND)
+    edge = (jump > 1.3) & (depth < 40) & (z > GROUND)
     size = width / 8
     spots = uv[edge]
     crowd = np.array([len(x) for x in cKDTree(spots).query_ball_point(spots, size / 4)]) if len(spots) else np.zeros(0)
@@ -300,7 +300,7 @@ def draw_features(view, found, path, title, match_places):
         images, above = parts[0].subfigures(1, 2, width_ratios=[0.68, 0.32])
         parts[0].suptitle(
             f"{title}. Inter-modal features (Eq. 7) as colours: a dot should have the colour of the image beneath it"
-            f" (median rank of a place's own pixel among all: {rank:.0f} %, chance 50 %)", fontsize=11,
+            f" (median rank of a place's own pixel among all: {rank:.0f} %, 0 best, chance 50 %)", fontsize=11,
         )  # fmt: skip
         upper, lower = images.subplots(2, 1)
         upper.imshow(np.repeat(0.25 + 0.75 * grey, 3, 2))
