@@ -243,7 +243,7 @@ def draw_projection(view, path, title):
     axis = top.subplots()
     spots = edges_in_depth(uv, depth, points[:, 2], width)
     axis.imshow(image)
-    dots = axis.scatter(*uv.T, c=depth, cmap="turbo", vmin=0, vmax=FAR, s=np.clip(20000 / len(points), 1.5, 6), linewidths=0)
+    dots = axis.scatter(*uv.T, c=depth, cmap="turbo", vmin=0, vmax=FAR, s=np.clip(20000 / len(points), 2.5, 6), linewidths=0)
     top.colorbar(dots, ax=axis, label="depth of the LiDAR point, m", shrink=0.8, pad=0.01, extend="max")
     axis.set_title(f"{title}\nevery LiDAR point in the colour of its depth", fontsize=11)
     axis.set_xlabel("u, pixels")
