@@ -299,7 +299,7 @@ def draw_features(view, found, path, title, match_places):
         rank = 100 * np.median(ranks(found)[seen]) / max(seen.sum() - 1, 1)
         images, above = parts[0].subfigures(1, 2, width_ratios=[0.68, 0.32])
         parts[0].suptitle(
-            f"{title}. Inter-modal features (Eq. 7) as colours: a dot should have the colour of the image beneath it"
+            f"{title}: inter-modal features (Eq. 7) as colours\na dot should have the colour of the image beneath it"
             f" (median rank of a place's own pixel among all: {rank:.0f} %, 0 best, chance 50 %)", fontsize=11,
         )  # fmt: skip
         upper, lower = images.subplots(2, 1)
@@ -322,7 +322,7 @@ def draw_features(view, found, path, title, match_places):
         top1 = (cosine >= cosine.diagonal()[:, None]).sum(1) == 1
         off = (cosine.sum() - cosine.diagonal().sum()) / max(cosine.numel() - len(cosine), 1)
         parts[-1].suptitle(
-            f"{'' if inter else title + '. '}Intra-modal features (Eq. 4) as colours: a thing should have the same colour in both views"
+            f"{title}: intra-modal features (Eq. 4) as colours\na thing should have the same colour in both views"
             f" (matched places: mean cosine {cosine.diagonal().mean():.2f}, all others {off:.2f})", fontsize=11,
         )  # fmt: skip
         left, right = parts[-1].subplots(1, 2)

@@ -154,7 +154,10 @@ def test_choose_place():
         "uv": torch.tensor([[60.0, 20], [90, 20], [50, 20], [51, 30], [50, 21]]), "depth": torch.tensor([10.0, 12, 30, 10, 11]),
         "visible": torch.tensor([True, True, True, True, False]),
     }  # fmt: skip
-    choose = lambda **kwargs: pictures.choose_place(found, 40, 100, **kwargs)[0]
+
+    def choose(**kwargs):
+        return pictures.choose_place(found, 40, 100, **kwargs)[0]
+
     assert choose() == 0  # nearer the middle: one too far, one on the ground, one out of sight
     assert choose(point=(13, -3, 0)) == 1 and choose(pixel=(52, 29)) == 3
     with pytest.raises(data.BadInput, match="--point"):
