@@ -1,15 +1,24 @@
-"""Is it learning, and is it right: matching on frames never trained on, and pictures.
+"""Is it learning, and is it right: figures on frames never trained on, and pictures.
+
+    python eval.py match out/demo/last.pt --control out/wrong/last.pt       # does a place point out its own pixel?
+    python eval.py probe out/demo/last.pt --also imagenet.pth               # how much depth can be read off the features?
+    python eval.py show out/demo/last.pt --frame 3                          # four pictures of a frame
+    python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
 feature is ranked among all of the frame's by its similarity to the place's point feature. Asked twice, of the right image
 and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the pixel's position
 alone, which lowers both; only the gap between the two is what the network sees in the image.
+
+`probe` fits a ridge regression of log-depth on frozen features at the pixels of LiDAR points. Position, which every row has for
+free, explains most of it, and a network trained on wrong pairs lifts it nearly as much as one trained on true ones: so it is
+never shown without its baselines, and differences under .03 are noise.
 """
 
 import copy
 import dataclasses
+import functools
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Literal
@@ -21,6 +30,7 @@ import tyro
 
 import data
 import ops_triton as ops
+import pictures
 import runtime
 import simipu
 import weights
@@ -28,6 +38,7 @@ from data import BadInput
 
 
 RECALIBRATE = 32  # frames that batch norm statistics are taken from
+FEW = 8  # the same, for pictures
 
 
 def load_run(path, device="cpu"):
@@ -335,94 +346,6 @@ def probe_table(rows):
 
 
 # -----------------------------------------------------------------------------
-# pictures
-
-
-def _figure(width, height):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt, plt.figure(figsize=(width, height), layout="constrained")
-
-
-def draw_curves(log_path, path):
-    """Losses with their chance levels, top-1, and matched distance, from log.jsonl to a PNG."""
-    log = [line for line in map(json.loads, log_path.read_text().splitlines()) if "lr" in line]
-    if not log:  # a finished run whose log was deleted
-        return
-    plt, figure = _figure(13, 3.6)
-    left, middle, right = figure.subplots(1, 3)
-    steps = [line["step"] for line in log]
-    for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
-        if loss in log[0]:
-            left.plot(steps, [line[loss] for line in log], color=colour, label=loss)
-            left.plot(steps, [line[loss + "_chance"] for line in log], color=colour, ls=":", label=f"{loss}, chance")
-            middle.plot(steps, [100 * line[loss + "_top1"] for line in log], color=colour, label=loss)
-            right.plot(steps, [line[loss + "_positive"] for line in log], color=colour, label=f"{loss}, matched")
-            right.plot(steps, [line[loss + "_negative"] for line in log], color=colour, ls=":", label=f"{loss}, unmatched")
-    for axis, title in ((left, "InfoNCE loss"), (middle, "top-1, %"), (right, "mean cosine")):
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-@torch.no_grad()
-def draw_pairs(model, view, path, match_places):
-    """Are projection and matching right? One PNG of the first frame of `view` (a batch of data.augment). match_places
-    (alpha, beta) is the matching to show, on float64 places (P, 3) in one frame.
-
-    Above, the augmented image with the sweep on it, coloured by depth, and the encoder's places ringed: edges of things and
-    jumps of colour must agree. Below, view alpha from above; view beta, each place in the colour of its match in alpha; and
-    both in alpha's frame, beta brought back by T^-1, with a line for every match: the lines must be short.
-    """
-    model = copy.deepcopy(model).eval()
-    clouds = [view[k][:1] for k in ("alpha", "beta")]
-    a, b = (model.pts_backbone(cloud)[0][0].double().cpu().numpy() for cloud in clouds)
-    alpha, beta = (cloud[0].double().cpu().numpy() for cloud in clouds)
-    T, lidar2img = (view[k][0].double().cpu().numpy() for k in ("T", "lidar2img"))
-    partner = match_places(a @ T[:3, :3].T + T[:3, 3], b)
-    back = ((b - T[:3, 3]) @ np.linalg.inv(T[:3, :3]).T)[partner]  # view beta in the frame of view alpha
-    distance = np.linalg.norm(a - back, axis=1)
-    image = view["image"][0].cpu() * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
-
-    plt, figure = _figure(14, 10)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.42, 0.58])
-    axis = top.subplots()
-    axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
-    for points, style in ((alpha, {"s": 1.2}), (a, {"s": 26, "edgecolors": "black", "linewidths": 0.8})):
-        uv, depth = data.project(points, lidar2img)
-        seen = data.inside_image(uv, depth, image.shape[2], image.shape[1])
-        dots = axis.scatter(*uv[seen].T, c=depth[seen], cmap="turbo", vmin=0, vmax=50, **style)
-    top.colorbar(dots, ax=axis, label="depth, m", shrink=0.7, pad=0.01)
-    axis.set_title(f"view alpha on the augmented image, its {len(a)} places ringed")
-    axis.axis("off")
-
-    bearing = np.arctan2(a[:, 1], a[:, 0] - 25)  # around the middle of the scene, so that neighbours have like colours
-    colours = plt.get_cmap("hsv")(bearing / (2 * np.pi) % 1)
-    left, middle, right = bottom.subplots(1, 3)
-    for axis, cloud, places, title in ((left, alpha, a, "view alpha from above"), (middle, beta, b[partner], "view beta, in the colours of its matches")):
-        axis.scatter(-cloud[::4, 1], cloud[::4, 0], s=0.3, c="0.7")
-        axis.scatter(-places[:, 1], places[:, 0], c=colours, s=10)
-        axis.set_title(title)
-    for p, q, colour in zip(a, back, colours):
-        right.plot([-p[1], -q[1]], [p[0], q[0]], c=colour, lw=1)
-    right.scatter(-a[:, 1], a[:, 0], c=colours, s=10)
-    right.scatter(-back[:, 1], back[:, 0], facecolors="none", edgecolors="black", s=18, linewidths=0.5)
-    right.set_title(f"both in alpha's frame: {distance.mean():.2f} m apart, {100 * (distance < 0.01).mean():.0f} % coincide")
-    for axis in (left, middle, right):
-        axis.set_aspect("equal")
-        axis.set_xlabel("right, m")
-    left.set_ylabel("forward, m")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-# -----------------------------------------------------------------------------
 # commands
 
 
@@ -510,8 +433,88 @@ def probe_command(
     print("\n".join([*notes, f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each", *probe_table(rows)]))
 
 
+def find_frame(frames, wanted):
+    """Index of the frame that `wanted` (text) names: an index, a name such as training/000003, or the end of one name. Raises BadInput."""
+    named = [i for i, f in enumerate(frames) if wanted == f.name] or [i for i, f in enumerate(frames) if f.name.endswith("/" + wanted)]
+    if len(named) == 1:
+        return named[0]
+    if wanted in map(str, range(len(frames))) and not named:
+        return int(wanted)
+    what = f"{len(named)} frames of that name" if named else "no such frame"
+    raise BadInput(f"--frame {wanted}: {what}; there are 0 to {len(frames) - 1}, {frames[0].name} to {frames[-1].name}")
+
+
+def show(
+    checkpoint: Path,
+    /,
+    data_root: Path | None = None,
+    split: str | None = None,
+    frame: str = "0",
+    seed: int = 0,
+    point: tuple[float, float, float] | None = None,
+    pixel: tuple[float, float] | None = None,
+    out: Path | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+) -> None:
+    """Four pictures of one frame: projection, pairs, features, similarity. No augmentation in the last two but the second view's.
+
+    Args:
+        checkpoint: last.pt of a run.
+        data_root: Folder in KITTI's object or raw layout. Not given: the folders the run was trained on.
+        split: Of the object layout: a file in ImageSets/. Not given: the run's --eval-splits, or its --splits.
+        frame: Index into the split, or a frame's name, such as training/000003.
+        seed: Of the augmentation that is drawn: another seed, another image scale, flip and second view.
+        point: Metres in the LiDAR's frame (x forward, y left, z up). similarity.png asks about the place nearest to it.
+        pixel: The same by pixel (u v) of similarity.png's image. Neither given: something near the middle.
+        out: Folder for the PNGs. Not given: show/FRAME beside the checkpoint.
+        device: auto is the GPU if there is one.
+    """
+    if point is not None and pixel is not None:
+        raise BadInput("--point and --pixel: give one of them")
+    model, c, _ = load_run(checkpoint)
+    run = runtime.start_run(device, seed)
+    roots, splits = [data_root] if data_root else c.data_root, [split] if split else c.eval_splits or c.splits
+    frames = [f for root in roots for f in data.find_frames(root, splits, c.frame_stride, c.skip_missing)]
+    index = find_frame(frames, frame)
+    few = [i % len(frames) for i in range(index, index + min(len(frames), FEW))]  # as `match` does, from fewer frames
+    unseen = Unseen(frames, c, run.device)
+    model = recalibrated(model.to(run.device), (unseen.batch(few[k : k + c.group]) for k in range(0, len(few), c.group)), False)
+
+    # as training sees it, and as it is judged
+    sample = data.PretrainFrames(frames, dataclasses.replace(c, seed=seed))[(0, index)]
+    if isinstance(sample, BadInput):
+        raise sample
+    box = data.random_image_scale(c.image_scale, seed, 0)
+    trained_on = data.augment(data.collate([sample]), box, run.device)
+    plain = unseen.batch([index])
+    found, (height, width) = pictures.embed(model, plain), plain["image"].shape[2:]
+    place, chosen = pictures.choose_place(found, height, width, point, pixel)
+
+    # nothing was written so far: wrong input leaves no trace
+    name = frames[index].name
+    folder = out or checkpoint.parent / "show" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = functools.partial(simipu.match_places, method=c.matching)
+    old, new = sample["image"].shape[1::-1], trained_on["image"].shape[:1:-1]
+    scale = min(b / o for b, o in zip(box, old))
+    how = f"{name} as training sees it with seed {seed}: {old[0]} x {old[1]} pixels scaled by {scale:.2f}, "
+    left, top, size = sample["window"]
+    how += f"the part from {left:.0%}, {top:.0%} on of {size:.0%} of its edges, " * (size != 1 or any(c.shift))
+    how += f"{'mirrored' if sample['flip'] else 'not mirrored'}, padded to {new[0]} x {new[1]}"
+    at = "x {:.1f} m, y {:.1f} m, z {:.1f} m".format(*found["places"][place].tolist())
+    said = {
+        "projection.png": pictures.draw_projection(trained_on, folder / "projection.png", how),
+        "pairs.png": pictures.draw_pairs(model, trained_on, folder / "pairs.png", pairs),
+        "features.png": pictures.draw_features(plain, found, folder / "features.png", name, pairs),
+        "similarity.png": pictures.draw_similarity(plain, found, folder / "similarity.png", place, f"{name}: what is like the place at {at} (star)?"),
+    }
+    said["similarity.png"] += f" (place at {at}: {chosen})"
+    print(f"{folder}/")
+    print("\n".join(f"  {picture:<15} {line}" for picture, line in said.items()))
+
+
 def main():
-    runtime.commands({"match": match_command, "probe": probe_command, "export": weights.export}, __doc__)
+    runtime.commands({"match": match_command, "probe": probe_command, "show": show, "export": weights.export}, __doc__)
 
 
 if __name__ == "__main__":

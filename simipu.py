@@ -786,9 +786,9 @@ def finish(model, c, run, frames, held_out, folder, judged):
     import eval as evaluate
 
     if run.main:
-        evaluate.draw_curves(folder / "log.jsonl", folder / "curves.png")
+        evaluate.pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
         view = data.augment(data.collate([data.PretrainFrames(frames, c)[(0, 0)]]), evaluate.image_box(c), run.device)
-        evaluate.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
+        evaluate.pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out:
         torch.manual_seed(c.seed)

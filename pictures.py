@@ -1,0 +1,421 @@
+"""Every picture that the programs draw. A stranger should read each without being told more: titles that say what to look for,
+axes in metres or pixels, seen from above with forward up and left on the left.
+
+Curves and pairs end a training run; `python eval.py show` draws projection, pairs, features and similarity of one frame.
+The functions take a model of simipu.py, batches of data.augment, of which they draw the first frame, and the PNG to write;
+what they measure on the way comes back as a line of text.
+"""
+
+import copy
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial import cKDTree
+
+import data
+import ops_triton as ops
+
+STEP = 8  # pixels between image features in a picture; between them colours are interpolated
+FAR = 50.0  # metres; depth colours end here
+GROUND = -1.2  # metres in the LiDAR's frame, half a metre above the road: what lies higher is a thing
+DPI = 100
+
+
+def _figure(width, height):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt, plt.figure(figsize=(width, height), layout="constrained")
+
+
+def _save(plt, figure, path):
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def _pixels(view):
+    """The first image of a batch, (H, W, 3) in [0, 1]."""
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return (view["image"][0].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def _mirrored(view):
+    """Whether the image of the first frame is flipped: view beta then is too, and T turns left into right."""
+    return bool(torch.linalg.det(view["T"][0, :3, :3].double()) < 0)
+
+
+def _dot(count, area=42):
+    """Size of a marker, in square points, so that so many places do not hide what lies beneath."""
+    return float(np.clip(area * 170 / count, area / 4, area))
+
+
+def _from_above(axis, title, left=True):
+    axis.set_title(title, fontsize=10)
+    axis.set_aspect("equal")
+    axis.set_xlabel("right, m")
+    if left:
+        axis.set_ylabel("forward, m")
+
+
+# -----------------------------------------------------------------------------
+# a run's own pictures
+
+
+def draw_curves(log_path, path):
+    """Losses with their chance levels, top-1, mean cosines and, if the run was judged more than once, matching on unseen frames,
+    from log.jsonl to a PNG."""
+    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    log, judged = ([line for line in lines if key in line] for key in ("lr", "match"))
+    if not log:  # a finished run whose log was deleted
+        return
+    judged = [line for line in judged if "gap" in line["match"]]
+    plt, figure = _figure(13 + 4 * (len(judged) > 1), 3.6)
+    left, middle, right, *last = figure.subplots(1, 3 + (len(judged) > 1))
+    steps = [line["step"] for line in log]
+    for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
+        if loss in log[0]:
+            left.plot(steps, [line[loss] for line in log], color=colour, label=loss)
+            left.plot(steps, [line[loss + "_chance"] for line in log], color=colour, ls=":", label=f"{loss}, chance")
+            middle.plot(steps, [100 * line[loss + "_top1"] for line in log], color=colour, label=loss)
+            right.plot(steps, [line[loss + "_positive"] for line in log], color=colour, label=f"{loss}, matched")
+            right.plot(steps, [line[loss + "_negative"] for line in log], color=colour, ls=":", label=f"{loss}, unmatched")
+    for axis in last:
+        for which, colour in (("right", "tab:green"), ("wrong", "tab:red")):
+            label = {"right": "the right image", "wrong": "another frame's"}[which]
+            axis.plot([line["step"] for line in judged], [line["match"][which + "_rank"] for line in judged], "o-", ms=3, color=colour, label=label)
+    titles = ("InfoNCE loss", "top-1, %", "mean cosine", "unseen frames: median rank, %")
+    for axis, title in zip((left, middle, right, *last), titles):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_pairs(model, view, path, match_places):
+    """Are projection and matching right? match_places(alpha, beta) is the matching to show, on float64 places (P, 3) in one frame.
+
+    Above, the augmented image with the sweep on it, coloured by depth, and the encoder's places ringed: edges of things and
+    jumps of colour must agree. Below, view alpha from above; view beta, each place in the colour of its match in alpha; and
+    both in alpha's frame, beta brought back by T^-1, with a line for every match: the lines must be short. -> what was measured.
+    """
+    model = copy.deepcopy(model).eval()
+    clouds = [view[k][:1] for k in ("alpha", "beta")]
+    a, b = (model.pts_backbone(cloud)[0][0].double().cpu().numpy() for cloud in clouds)
+    alpha, beta = (cloud[0].double().cpu().numpy() for cloud in clouds)
+    T, lidar2img = (view[k][0].double().cpu().numpy() for k in ("T", "lidar2img"))
+    partner = match_places(a @ T[:3, :3].T + T[:3, 3], b)
+    back = ((b - T[:3, 3]) @ np.linalg.inv(T[:3, :3]).T)[partner]  # view beta in the frame of view alpha
+    distance = np.linalg.norm(a - back, axis=1)
+    image = _pixels(view)
+
+    plt, figure = _figure(14, 10)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.42, 0.58])
+    axis = top.subplots()
+    axis.imshow(image)
+    for points, style in ((alpha, {"s": 1.2}), (a, {"s": _dot(len(a), 26), "edgecolors": "black", "linewidths": 0.8})):
+        uv, depth = data.project(points, lidar2img)
+        seen = data.inside_image(uv, depth, image.shape[1], image.shape[0])
+        dots = axis.scatter(*uv[seen].T, c=depth[seen], cmap="turbo", vmin=0, vmax=FAR, **style)
+    top.colorbar(dots, ax=axis, label="depth, m", shrink=0.7, pad=0.01, extend="max")
+    mirrored = ", mirrored as view beta is" if _mirrored(view) else ""
+    axis.set_title(f"view alpha on the augmented image{mirrored}; its {len(a)} places ringed")
+    axis.axis("off")
+
+    bearing = np.arctan2(a[:, 1], a[:, 0] - 25)  # around the middle of the scene, so that neighbours have like colours
+    colours = plt.get_cmap("hsv")(bearing / (2 * np.pi) % 1)
+    left, middle, right = bottom.subplots(1, 3)
+    for axis, cloud, places, title in ((left, alpha, a, "view alpha from above"), (middle, beta, b[partner], "view beta, in the colours of its matches")):
+        axis.scatter(-cloud[::4, 1], cloud[::4, 0], s=0.3, c="0.7")
+        axis.scatter(-places[:, 1], places[:, 0], c=colours, s=10)
+        axis.set_title(title)
+    for p, q, colour in zip(a, back, colours):
+        right.plot([-p[1], -q[1]], [p[0], q[0]], c=colour, lw=1)
+    right.scatter(-a[:, 1], a[:, 0], c=colours, s=10)
+    right.scatter(-back[:, 1], back[:, 0], facecolors="none", edgecolors="black", s=18, linewidths=0.5)
+    right.set_title(f"both in alpha's frame: {distance.mean():.2f} m apart, {100 * (distance < 0.01).mean():.0f} % coincide")
+    for axis in (left, middle, right):
+        axis.set_aspect("equal")
+        axis.set_xlabel("right, m")
+    left.set_ylabel("forward, m")
+    _save(plt, figure, path)
+    return f"{len(a)} places, matches {distance.mean():.2f} m apart on average, {distance.max():.2f} m at most, {100 * (distance < 0.01).mean():.0f} % coincide"
+
+
+# -----------------------------------------------------------------------------
+# what the features of one frame say
+
+
+@torch.no_grad()
+def dense_embedding(model, image, step=STEP):
+    """Eq. 7's image features, l2-normalised, on a grid of pixels: image (1, 3, H, W) -> (h, w, D), where cell (i, j) is what a
+    place at pixel u = step j, v = step i would be compared with."""
+    feature_map = model.img_backbone(image)[-1]
+    v, u = torch.meshgrid(*(torch.arange(0, edge, step, device=image.device) for edge in image.shape[2:]), indexing="ij")  # (h, w)
+    cells = torch.stack([u, v], -1).view(1, -1, 2).float() / model.img_backbone.stride
+    rows = [F.normalize(model.mlp_cross_img(ops.bilinear_sample(feature_map, part)[0]), dim=1) for part in cells.split(8192, dim=1)]
+    return torch.cat(rows).view(*u.shape, -1)
+
+
+def on_image(grid, step, height, width):
+    """A grid (h, w, C) whose cell (i, j) is centred on pixel u = step j, v = step i, at every pixel: (height, width, C), bilinear,
+    and constant beyond the outermost cells."""
+    h, w, C = grid.shape
+    v, u = torch.meshgrid(torch.arange(height) / step, torch.arange(width) / step, indexing="ij")
+    uv = torch.stack([u.clamp(max=w - 1), v.clamp(max=h - 1)], -1).view(1, -1, 2)
+    return ops.bilinear_sample(grid.cpu().float().permute(2, 0, 1)[None].contiguous(), uv).view(height, width, C)
+
+
+def shared_colours(fit, *sets):
+    """Features (..., D) as colours (..., 3) in [0, 1]: the three directions in which `fit` (n, D) varies most are red, green and
+    blue, each from the 2nd to the 98th percentile of `fit`. Equal features have equal colours whichever set they are in."""
+    fit = fit.double().cpu()
+    mean = fit.mean(0)
+    directions = torch.linalg.svd(fit - mean, full_matrices=False).Vh[:3]  # (3, D)
+    directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()  # SVD leaves the sign open
+    low, high = torch.quantile((fit - mean) @ directions.T, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    return [(((x.double().cpu() - mean) @ directions.T - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).float() for x in sets]
+
+
+@torch.no_grad()
+def embed(model, view):
+    """All features of the first frame of a batch, on the CPU, l2-normalised (D = embed_dim). What the model has no branch for is left out.
+
+    -> dict: places, places_beta (P, 3) float32 metres; uv (P, 2), depth (P,), visible (P,): view alpha's places in the image;
+    of Eq. 7 point (P, D), pixel (P, D) under the places, grid (h, w, D) of dense_embedding; of Eq. 4 alpha, beta (P, D).
+    """
+    height, width = view["image"].shape[2:]
+    places, features = model.pts_backbone(torch.cat([view["alpha"][:1], view["beta"][:1]]))
+    uv, depth = data.project(places[:1], view["lidar2img"][:1])
+    out = {"places": places[0], "places_beta": places[1], "uv": uv[0], "depth": depth[0], "visible": data.inside_image(uv, depth, width, height)[0]}
+    if hasattr(model, "mlp_cross_img"):
+        feature_map = model.img_backbone(view["image"][:1])[-1]
+        sampled = ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0]
+        out |= {"point": F.normalize(model.mlp_cross_points(features[0]), dim=1), "pixel": F.normalize(model.mlp_cross_img(sampled), dim=1)}
+        out["grid"] = dense_embedding(model, view["image"][:1])
+    if hasattr(model, "mlp_intro_points"):
+        out["alpha"], out["beta"] = F.normalize(model.mlp_intro_points(features.flatten(0, 1)), dim=1).view(2, len(places[0]), -1)
+    return {k: v.cpu() for k, v in out.items()}
+
+
+def similarity_map(grid, feature, height, width, step=STEP):
+    """Cosine of one feature (D,) with the image features `grid` (h, w, D), both l2-normalised, at every pixel: (height, width)."""
+    return on_image((grid @ feature)[..., None], step, height, width)[..., 0]
+
+
+def ranks(found):
+    """For every place, how many visible places' pixels are more like its point feature than its own pixel is: (P,) int64, 0 is best."""
+    cosine = found["point"] @ found["pixel"].T  # (P, P)
+    return (cosine > cosine.diagonal()[:, None])[:, found["visible"]].sum(1)
+
+
+# -----------------------------------------------------------------------------
+# pictures of one frame
+
+
+def edges_in_depth(uv, depth, z, width, count=3):
+    """The (u, v) of up to `count` spots where near things hide far ones, an eighth of the width apart: where misalignment would show."""
+    near, neighbour = cKDTree(uv).query(uv, min(12, len(uv)))
+    du, dv = np.abs(uv[neighbour] - uv[:, None]).transpose(2, 0, 1)
+    beside = (near < width / 60) & (dv < du)  # the ground's depth jumps from one scan line to the next, but not along it
+    jump = np.where(beside, depth[neighbour] / depth[:, None], 1).max(1)
+    edge = (jump > 1.3) & (depth < 40) & (z > GROUND)
+    size = width / 8
+    spots = uv[edge]
+    crowd = np.array([len(x) for x in cKDTree(spots).query_ball_point(spots, size / 4)]) if len(spots) else np.zeros(0)
+    chosen = []
+    for i in np.argsort(-crowd, kind="stable"):
+        if len(chosen) < count and all(abs(spots[i] - c).max() > size for c in chosen):
+            chosen.append(spots[i])
+    return chosen
+
+
+def draw_projection(view, path, title):
+    """Does the sweep lie on the image? Every point on the augmented image, coloured by depth, and below it close-ups of where near
+    things hide far ones. -> what was measured."""
+    image = _pixels(view)
+    height, width = image.shape[:2]
+    points = view["alpha"][0].double().cpu().numpy()
+    uv, depth = data.project(points, view["lidar2img"][0].double().cpu().numpy())
+    seen = data.inside_image(uv, depth, width, height)
+    order = np.flatnonzero(seen)[np.argsort(-depth[seen], kind="stable")]  # near over far
+    points, uv, depth = points[order], uv[order], depth[order]
+    plt, figure = _figure(15, 1.6 + 14 * height / width + 4.4)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.7 + 14 * height / width, 4.6])
+    axis = top.subplots()
+    spots = edges_in_depth(uv, depth, points[:, 2], width)
+    axis.imshow(image)
+    dots = axis.scatter(*uv.T, c=depth, cmap="turbo", vmin=0, vmax=FAR, s=np.clip(20000 / len(points), 2.5, 6), linewidths=0)
+    top.colorbar(dots, ax=axis, label="depth of the LiDAR point, m", shrink=0.8, pad=0.01, extend="max")
+    axis.set_title(f"{title}\nevery LiDAR point in the colour of its depth", fontsize=11)
+    axis.set_xlabel("u, pixels")
+    axis.set_ylabel("v, pixels")
+    parallax = "(beside an edge the LiDAR, which stands elsewhere than the camera, sees a little past it)"
+    bottom.suptitle(f"close-ups of the boxes: colours should change where the image shows the edge of a thing {parallax}", fontsize=11)
+    w, h = width / 8, width / 8 * 0.8
+    for i, (spot, close) in enumerate(zip(spots, np.atleast_1d(bottom.subplots(1, max(len(spots), 1)))), start=1):
+        u = np.clip(spot[0] - w / 2, -0.5, width - 0.5 - w)
+        v = np.clip(spot[1] - h / 2, -0.5, max(height - 0.5 - h, -0.5))
+        axis.add_patch(plt.Rectangle((u, v), w, h, fill=False, ec="white", lw=1.5))
+        axis.text(u + w / 60, v + h / 40, str(i), color="white", va="top", fontsize=11, weight="bold", bbox={"fc": "black", "pad": 1, "lw": 0})
+        close.imshow(image, interpolation="bicubic")
+        close.scatter(*uv.T, c=depth, cmap="turbo", vmin=0, vmax=FAR, s=16, edgecolors="black", linewidths=0.3)
+        close.set_xlim(u, u + w)
+        close.set_ylim(v + h, v)
+        close.set_title(str(i), fontsize=10)
+        close.tick_params(labelsize=7)
+    _save(plt, figure, path)
+    return f"{len(seen)} points, {100 * seen.mean():.1f} % in the image, {depth.min():.1f} to {depth.max():.1f} m deep"
+
+
+def _coloured_cloud(axis, cloud, places, colours, title, left=True):
+    """A cloud (N, 3+) from above, each point in the colour (P, 3) of its nearest place (P, 3), which is ringed."""
+    nearest = cKDTree(places).query(cloud[:, :3])[1]
+    axis.scatter(-cloud[:, 1], cloud[:, 0], s=np.clip(14000 / len(cloud), 1.0, 4), c=colours[nearest], linewidths=0)
+    axis.scatter(-places[:, 1], places[:, 0], s=_dot(len(places), 20), c=colours, edgecolors="black", linewidths=0.5)
+    _from_above(axis, title, left)
+
+
+def draw_features(view, found, path, title, match_places):
+    """Do features mean the same everywhere? `found` is embed(model, view), match_places as for draw_pairs. Features as colours, by
+    three principal components. Above, Eq. 7: places in the colours of their point features, on the image and from above, and the
+    image in those of its own. Below, Eq. 4: both views from above. -> what was measured."""
+    image, seen = _pixels(view), found["visible"].numpy()
+    height, width = image.shape[:2]
+    alpha, beta = (view[k][0].cpu().numpy() for k in ("alpha", "beta"))
+    places, places_beta, uv = (found[k].numpy() for k in ("places", "places_beta", "uv"))
+    said = []
+    inter, intra = "point" in found, "alpha" in found
+    tall = 9.8 * height / width  # inches of an image
+    heights = [2 * tall + 1.8] * inter + [6.0] * intra
+    plt, figure = _figure(15, sum(heights))
+    parts = figure.subfigures(inter + intra, 1, height_ratios=heights, squeeze=False)[:, 0]
+
+    if inter:
+        # each set around its own mean: a softmax over pixels does not see what all pixels share, so Eq. 7 leaves that free
+        pixel_mean, point_mean = found["pixel"][seen].mean(0), found["point"][seen].mean(0)
+        point, pixel, grid = found["point"] - point_mean, found["pixel"] - pixel_mean, found["grid"] - pixel_mean
+        point_rgb, grid_rgb = shared_colours(torch.cat([point[seen], pixel[seen]]), point, grid)
+        tint = on_image(grid_rgb, STEP, height, width).numpy()
+        grey = image.mean(2, keepdims=True)
+        rank = 100 * np.median(ranks(found)[seen]) / max(seen.sum() - 1, 1)
+        images, above = parts[0].subfigures(1, 2, width_ratios=[0.68, 0.32])
+        parts[0].suptitle(
+            f"{title}: inter-modal features (Eq. 7) as colours\na dot should have the colour of the image beneath it"
+            f" (median rank of a place's own pixel among all: {rank:.0f} %, 0 best, chance 50 %)", fontsize=11,
+        )  # fmt: skip
+        upper, lower = images.subplots(2, 1)
+        upper.imshow(np.repeat(0.25 + 0.75 * grey, 3, 2))
+        upper.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=_dot(len(places)), edgecolors="black", linewidths=0.6)
+        upper.set_title("places in the colours of their point features", fontsize=10)
+        lower.imshow(tint * (0.5 + 0.5 * grey))
+        lower.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=_dot(len(places)), edgecolors="black", linewidths=0.6)
+        lower.set_title("the image in the colours of its own features, the same places on it", fontsize=10)
+        for axis in (upper, lower):
+            axis.set_xticks([])
+            axis.set_yticks([])
+        _coloured_cloud(above.subplots(), alpha, places, point_rgb.numpy(), "the same places from above (ringed),\nthe sweep in the colour of the nearest place")
+        said.append(f"inter: median rank of a place's own pixel among the frame's places {rank:.1f} %, 0 best, chance 50 %")
+    if intra:
+        T = view["T"][0].double().cpu().numpy()
+        partner = match_places(places @ T[:3, :3].T + T[:3, 3], places_beta.astype(np.float64))
+        alpha_rgb, beta_rgb = shared_colours(torch.cat([found["alpha"], found["beta"]]), found["alpha"], found["beta"])
+        cosine = found["alpha"] @ found["beta"][partner].T
+        top1 = (cosine >= cosine.diagonal()[:, None]).sum(1) == 1
+        off = (cosine.sum() - cosine.diagonal().sum()) / max(cosine.numel() - len(cosine), 1)
+        parts[-1].suptitle(
+            f"{title}: intra-modal features (Eq. 4) as colours\na thing should have the same colour in both views"
+            f" (matched places: mean cosine {cosine.diagonal().mean():.2f}, all others {off:.2f})", fontsize=11,
+        )  # fmt: skip
+        left, right = parts[-1].subplots(1, 2)
+        _coloured_cloud(left, alpha, places, alpha_rgb.numpy(), "view alpha from above")
+        _coloured_cloud(right, beta, places_beta, beta_rgb.numpy(), "view beta from above: turned, scaled" + (" and mirrored" if _mirrored(view) else ""), False)
+        said.append(f"intra: matched places have cosine {cosine.diagonal().mean():.2f}, others {off:.2f}; {100 * top1.float().mean():.0f} % have it as the best of all")
+    said += [f"no {name} branch in this checkpoint, no picture of it" for name, has in (("inter-modal", inter), ("intra-modal", intra)) if not has]
+    _save(plt, figure, path)
+    return "; ".join(said)
+
+
+def choose_place(found, height, width, point=None, pixel=None):
+    """The place to ask about, an index, and how it was chosen, in words: nearest to `point` (x, y, z), LiDAR metres, or to `pixel`
+    (u, v); else the one nearest the image's middle that stands off the ground within 20 m. Only places in the image count.
+    Raises BadInput for numbers that are not finite, a pixel outside the image, or a frame without places in its image."""
+    seen = found["visible"].numpy()
+    places, uv = found["places"].numpy(), found["uv"].numpy()
+    if not seen.any():
+        raise data.BadInput("no place of this frame lies in its image; wrong calibration?")
+    for flag, given in (("--point", point), ("--pixel", pixel)):
+        if given is not None and not np.isfinite(given).all():
+            raise data.BadInput(f"{flag} {' '.join(map(str, given))}: not finite")
+    if point is not None:
+        distance = np.linalg.norm(places - np.array(point), axis=1)
+        i = int(np.where(seen, distance, np.inf).argmin())
+        return i, f"place nearest to --point, {distance[i]:.1f} m from it"
+    if pixel is not None:
+        if not data.inside_image(np.array(pixel), np.ones(()), width, height):
+            raise data.BadInput(f"--pixel {pixel[0]:g} {pixel[1]:g}: outside the image, which is {width} x {height} as the network sees it")
+        distance = np.linalg.norm(uv - np.array(pixel), axis=1)
+        i = int(np.where(seen, distance, np.inf).argmin())
+        return i, f"place nearest to --pixel, {distance[i]:.0f} pixels from it"
+    stands = seen & (places[:, 2] > GROUND) & (found["depth"].numpy() < 20)
+    distance = np.linalg.norm(uv - np.array([width / 2, height / 2]), axis=1)
+    return int(np.where(stands if stands.any() else seen, distance, np.inf).argmin()), "place off the ground nearest the middle of the image"
+
+
+def draw_similarity(view, found, path, place, title):
+    """What in the image is like this place? `found` is embed(model, view), `place` an index into its places. Above, cosine of its
+    point feature with the image's feature at every pixel; below, the other way round: of the image feature at its pixel with the
+    point feature of every place, on the image and from above. Without an inter-modal branch, its Eq. 4 feature against those of
+    the other places. -> what was measured."""
+    image, seen = _pixels(view), found["visible"].numpy()
+    height, width = image.shape[:2]
+    alpha, places, uv = view["alpha"][0].cpu().numpy(), found["places"].numpy(), found["uv"].numpy()
+    inter = "point" in found
+    plt, figure = _figure(15, max(0.7 + (1 + inter) * (9.2 * height / width + 0.65), 6))
+    figure.suptitle(title, fontsize=12)
+    star = {"marker": "*", "s": 330, "c": "white", "edgecolors": "black", "linewidths": 1.3, "zorder": 5}
+    grey = np.repeat(0.2 + 0.8 * image.mean(2, keepdims=True), 3, 2)
+    left, right = figure.subfigures(1, 2, width_ratios=[0.7, 0.3])
+    axes = left.subplots(1 + inter, 1, squeeze=False)[:, 0]
+
+    if inter:
+        heat = similarity_map(found["grid"], found["point"][place], height, width).numpy()
+        low, high = np.percentile(heat, [2, 99.8])
+        axes[0].imshow(grey)
+        shown = axes[0].imshow(heat, cmap="turbo", vmin=low, vmax=high, alpha=0.6)
+        axes[0].scatter(*uv[seen].T, s=_dot(len(places), 9), facecolors="none", edgecolors="black", linewidths=0.6)
+        left.colorbar(shown, cax=axes[0].inset_axes([1.01, 0, 0.015, 1]), label="cosine", extend="both").solids.set_alpha(1)
+        rank, candidates = int(ranks(found)[place]), int(seen.sum())
+        own = (found["point"][place] @ found["pixel"][place]).item()
+        what = f"its own pixel has cosine {own:.2f} and ranks {rank + 1} of {candidates}, 1 is best, among the pixels of all places (circles)"
+        axes[0].set_title(f"cosine of its point feature with the image feature at every pixel;\n{what}", fontsize=10)
+        values = (found["point"] @ found["pixel"][place]).numpy()
+        reverse, said = "the other way round: cosine of the image feature at the star with the point feature of every place", f"inter: {what}"
+    else:
+        values = (found["alpha"] @ found["alpha"][place]).numpy()
+        reverse, said = "cosine of its point feature (Eq. 4) with those of all places", "no inter-modal branch in this checkpoint: points against points"
+    limits = {"cmap": "turbo", "vmin": np.percentile(values[seen], 2), "vmax": np.sort(values[seen])[-2:].min()}
+    axes[-1].imshow(grey)
+    axes[-1].scatter(*uv[seen].T, c=values[seen], s=_dot(len(places)), edgecolors="black", linewidths=0.6, **limits)
+    axes[-1].set_title(reverse, fontsize=10)
+    for axis in axes:
+        axis.scatter(*uv[place], **star)
+        axis.set_ylabel("v, pixels")
+        axis.set_xlim(-0.5, width - 0.5)
+        axis.set_ylim(height - 0.5, -0.5)
+    axes[-1].set_xlabel("u, pixels")
+    above = right.subplots()
+    nearest = cKDTree(places).query(alpha[:, :3])[1]
+    above.scatter(-alpha[:, 1], alpha[:, 0], s=np.clip(14000 / len(alpha), 1.0, 4), c=values[nearest], linewidths=0, **limits)
+    dots = above.scatter(-places[:, 1], places[:, 0], c=values, s=_dot(len(places), 20), edgecolors="black", linewidths=0.5, **limits)
+    above.scatter(-places[place, 1], places[place, 0], **star)
+    right.colorbar(dots, ax=above, label="cosine", pad=0.01, extend="both", location="bottom", shrink=0.8)
+    _from_above(above, "the lower picture from above" if inter else "the same from above")
+    _save(plt, figure, path)
+    return said
