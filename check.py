@@ -30,6 +30,7 @@ true calibration none was called wrong, of 5 at most 3 % ("train"), of single fr
 """
 
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -197,7 +198,7 @@ def examine(job):
         lines.append(f"{frame.calib[0]}: its matrices do not make a projection (not finite, or singular)")
         lidar2img = None
     label = label_path(frame)
-    if labelled and not label.is_file():
+    if labelled and image is not None and not label.is_file():
         lines.append(f"{label}: missing (of frame {frame.name}; others in the folder have labels)")
     labels = attempt(lambda: read_labels(label)[1]) if labelled and label.is_file() else None
     if image is not None:
@@ -294,7 +295,7 @@ def compare_splits(root, splits, findings):
     names = {split: [f.name for f in frames] for split, frames in splits.items()}
     for split, n in names.items():
         if len(set(n)) < len(n):
-            twice = sorted({name for name in n if n.count(name) > 1}) if len(n) < 20000 else []
+            twice = [name for name, times in Counter(n).items() if times > 1]
             findings.add(findings.notes, f"{root}, {split}: {len(n) - len(set(n))} frames listed more than once, {', '.join(twice[:3])}")
     if "train" in names and "val" in names:
         shared = sorted(set(names["train"]) & set(names["val"]))
@@ -309,7 +310,7 @@ def compare_splits(root, splits, findings):
 
 
 def spread(values, unit=""):
-    return f"{min(values):9,.4g} {np.median(values):9,.4g} {max(values):9,.4g}{unit}".replace("e+0", "e") if len(values) else "        -"
+    return " ".join(f"{x:9,.0f}" for x in (min(values), np.median(values), max(values))) + unit if len(values) else f"{'-':>9}"
 
 
 def counts(items, limit=8):
@@ -348,29 +349,23 @@ def check_root(root, splits, frame_stride, max_frames, skip_missing, workers, fi
         findings.add(findings.broken, line)
 
     print(f"\n{root}: KITTI {'object' if data.is_object_layout(root) else 'raw'}")
-    if "drives" in split_frames and not data.is_object_layout(root):
-        drives = {}
-        for f in frames:
-            drives[f.name.split("/")[0]] = drives.get(f.name.split("/")[0], 0) + 1
+    if not data.is_object_layout(root):
+        drives = Counter(f.name.split("/")[0] for f in frames)
         row("drives", f"{len(drives)}: {counts(list(drives.items()), 4)}")
     else:
         row("splits", counts([(split, len(fs)) for split, fs in split_frames.items()]))
     row("frames", f"{listed}, every file read" if len(frames) == listed else f"{listed}, only {len(frames)} of them read (--max-frames)")
     if frame_stride > 1 and not data.is_object_layout(root):
         row("", f"(every {frame_stride}th of each drive: --frame-stride)")
-    sizes = {}
-    for r in found:
-        if "size" in r:
-            sizes[r["size"]] = sizes.get(r["size"], 0) + 1
-    row("image sizes", counts([(f"{w} x {h}:", n) for (w, h), n in sorted(sizes.items(), key=lambda item: -item[1])]))
+    row("image sizes", counts([(f"{w} x {h}:", n) for (w, h), n in Counter(r["size"] for r in found if "size" in r).most_common()]))
     seen = [r for r in found if "in_view" in r]
-    row("", "      min    median       max")
+    row("", f"{'min':>9} {'median':>9} {'max':>9}")
     row("points per cloud", spread([r["points"] for r in found if "points" in r]))
     row("in range and view", spread([r["in_view"] for r in seen]))
     row("share of the cloud", spread([100 * r["in_view"] / r["points"] for r in seen], " %"))
     reflectance = np.array([r["reflectance"] for r in found if "reflectance" in r])
     if len(reflectance):
-        row("reflectance", f"{reflectance[:, 0].min():9.4g} {'':9} {reflectance[:, 1].max():9.4g}")
+        row("reflectance", f"{reflectance[:, 0].min():9.2f} {'':9} {reflectance[:, 1].max():9.2f}")
         if reflectance[:, 1].max() == 0:
             findings.add(findings.notes, f"{root}, reflectance: 0 in every cloud; the fourth channel says nothing")
     of = dict(zip(frames, found))
@@ -427,18 +422,19 @@ def draw_overlay(picked, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
+    from matplotlib.colors import LogNorm
 
     rows = sum(r["size"][1] / r["size"][0] for _, r in picked)
-    figure = plt.figure(figsize=(13, 12.0 * rows + 0.45 * len(picked) + 0.8), layout="constrained")
+    figure = plt.figure(figsize=(13, 11.8 * rows + 0.25 * len(picked) + 0.4), layout="constrained")
     axes = figure.subplots(len(picked), 1, squeeze=False, height_ratios=[r["size"][1] / r["size"][0] for _, r in picked])[:, 0]
     for axis, (frame, r) in zip(axes, picked):
         image, points, lidar2img = data.read_image(frame.image), data.read_cloud(frame.cloud).astype(np.float64), data.read_lidar2img(frame.calib)
         width, height = r["size"]
         uv, depth = data.project(points, lidar2img)
         kept = ((points[:, :3] >= data.POINT_RANGE[:3]) & (points[:, :3] <= data.POINT_RANGE[3:])).all(1) & data.inside_image(uv, depth, width, height)
-        axis.imshow(image // 2 + 64 if image.ndim == 2 else (image * 0.75).astype(np.uint8))  # darker, so that the dots stand out
+        axis.imshow(40 + 0.8 * image.mean(2), cmap="gray", vmin=0, vmax=255)  # grey, so that all colour is depth
         nearest_last = np.flatnonzero(kept)[depth[kept].argsort()[::-1]]
-        dots = axis.scatter(*uv[nearest_last].T, c=depth[nearest_last], cmap="turbo_r", vmin=3, vmax=50, s=1.6, linewidths=0)
+        dots = axis.scatter(*uv[nearest_last].T, c=depth[nearest_last], cmap="turbo_r", norm=LogNorm(4, 64), s=4, linewidths=0)
         label, boxes = label_path(frame), 0
         if label and label.is_file():
             p2 = split_projection(frame)[0]
@@ -454,7 +450,8 @@ def draw_overlay(picked, path):
         axis.set_xlim(-0.5, width - 0.5)
         axis.set_ylim(height - 0.5, -0.5)
         axis.axis("off")
-    figure.colorbar(dots, ax=list(axes), label="depth of LiDAR points, m", shrink=min(1.0, 2.2 / len(picked)), pad=0.01, extend="both")
+    bar = figure.colorbar(dots, ax=list(axes), label="depth of LiDAR points, m", shrink=0.6, pad=0.01, extend="both", ticks=[4, 8, 16, 32, 64], format="%d")
+    bar.minorticks_off()
     figure.suptitle("Sweeps on their images: where the colour jumps, the image must have an outline" + ("; white: 3D boxes of the labels" if any(
         label_path(f) and label_path(f).is_file() for f, _ in picked) else ""), fontsize=12)
     figure.savefig(path, dpi=100)
@@ -521,6 +518,6 @@ def check(
     picture = f"; look at {out}" if picked else ""
     print()
     if findings.broken:
-        print(f"BROKEN: {len(findings.broken)} of the above{picture}")
+        print(f"BROKEN: {len(findings.broken)} findings{picture}")
         raise SystemExit(1)
     print(f"OK: {len(good)} frames{picture}")
