@@ -22,10 +22,10 @@ Thresholds stand between what was measured with the true calibration and with wr
     yaw 2 degrees       .97    1.0  1.0    as true          .83    .85    .84     28, -4    28, 0     24, 0     28, 0     28, -4
     pitch 1 degree      .97    1.0  1.0    as true          1.0    1.0    1.0     0, -16    0, -16    -4, -16   0, -16    0, -16
     roll 3 degrees      .97    1.0  1.0    as true          1.0    1.0    1.0     0, -8     0, 4      4, -4     4, 4      4, 0
-    y mirrored          .97    1.0  1.0    as true          .50    .53    .73     none near; .01 to .04 above the median shift
+    y mirrored          .97    1.0  1.0    as true          .50    .53    .73     none near; .01 to .04 high
     y and z swapped     .97    1.0  1.0    as true          .14    .26    .29     none near; .03 to .09
 
-(Shifts searched to 48 right, 16 down; the best of a true calibration is .07 to .18 above the median shift. "small" was moved by 20 of its own
+(Shifts searched to 48 right, 16 down; the true calibrations' best is .07 to .18 high, above the median shift. "small" was moved by 20 of its own
 pixels, beyond the search.) Not caught, then: a roll of 3 degrees, less than 10 px of shift without labels, and P0 without labels. Of random subsets of 8 frames with the
 true calibration none was called wrong, of 5 at most 3 % ("train"), of single frames 15 %: fewer than 8 are not judged.
 """
@@ -301,7 +301,7 @@ def compare_splits(root, splits, findings):
     if "train" in names and "val" in names:
         shared = sorted(set(names["train"]) & set(names["val"]))
         if shared:
-            findings.add(findings.broken, f"{root}, train and val: {len(shared)} frames are in both, {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}")
+            findings.add(findings.broken, f"{root}, train and val: {len(shared)} frames are in both, {', '.join(shared[:3])}")
         drive = drives_of_training(root)
         shared = sorted({drive[n] for n in names["train"] if n in drive} & {drive[n] for n in names["val"] if n in drive})
         if shared:
@@ -386,7 +386,8 @@ def judge_calibration(folder, frames, findings):
         if len(ious) >= MIN_BOXES and np.median(ious) < MIN_IOU:
             wrong.append(f"projected 3D boxes and 2D boxes of labels have a median IoU of {np.median(ious):.2f}, below {MIN_IOU}")
         elif len(ious) >= MIN_BOXES and abs(np.median(aside)) > MAX_ASIDE:
-            wrong.append(f"3D boxes project {-np.median(aside):+.3f} m aside of 2D boxes of labels, more than {MAX_ASIDE}: the projection of another camera than P2's?")
+            off = -np.median(aside)
+            wrong.append(f"3D boxes project {off:+.3f} m aside of 2D boxes of labels, more than {MAX_ASIDE}: the projection of another camera than P2's?")
         if len(held):
             filled = (held >= 5).mean()
             row(f"{name}: points in boxes", f"{filled:.0%} of {len(held)} unoccluded boxes within 40 m hold 5 or more, median {np.median(held):.0f}")
@@ -402,7 +403,8 @@ def judge_calibration(folder, frames, findings):
     if best:
         u, v, there, here = best
         few = f"; {MIN_FRAMES} are needed to judge" if len(agreements) < MIN_FRAMES else ""
-        row(f"{name}: edges", f"image and depth agree best {u:+d} px right, {v:+d} px down of the calibration; here {here:+.3f}, there {there:+.3f} ({len(agreements)} frames{few})")
+        where = f"image and depth agree best {u:+d} px right, {v:+d} px down of the calibration"
+        row(f"{name}: edges", f"{where}; here {here:+.3f}, there {there:+.3f} ({len(agreements)} frames{few})")
         if len(agreements) >= MIN_FRAMES and np.hypot(u, v) > MAX_SHIFT and here < 0.8 * there:
             wrong.append(f"depth edges fit image edges better ({there:+.3f} over the median shift, here {here:+.3f}) when shifted by {u:+d}, {v:+d} px of 1242")
     elif agreements:
