@@ -26,7 +26,9 @@ Thresholds stand between what was measured with the true calibration and with wr
     y and z swapped     .97    1.0  1.0    as true          .14    .26    .29     none near; .03 to .09
 
 (Shifts searched to 48 right, 16 down; the true calibrations' best is .07 to .18 high, above the median shift. "small" was moved by 20 of its own
-pixels, beyond the search.) Not caught, then: a roll of 3 degrees, less than 10 px of shift without labels, and P0 without labels. Of random subsets of 8 frames with the
+pixels, beyond the search.)
+
+Not caught, then: a roll of 3 degrees, less than 10 px of shift without labels, and P0 without labels. Of random subsets of 8 frames with the
 true calibration none was called wrong, of 5 at most 3 % ("train"), of single frames 15 %: fewer than 8 are not judged.
 """
 
@@ -382,7 +384,8 @@ def judge_calibration(folder, frames, findings):
     if labels:
         ious, aside, held = (np.concatenate([x[i] for _, x in labels]) for i in range(3))
         if len(ious):
-            row(f"{name}: labelled boxes", f"{len(ious)} whole ones; median IoU of projected 3D with 2D box {np.median(ious):.3f}, {np.median(aside):+.3f} m aside")
+            row(f"{name}: labelled boxes", f"{len(ious)} whole ones; median IoU of projected 3D with 2D box {np.median(ious):.3f}, "
+                f"{np.median(aside):+.3f} m aside")
         if len(ious) >= MIN_BOXES and np.median(ious) < MIN_IOU:
             wrong.append(f"projected 3D boxes and 2D boxes of labels have a median IoU of {np.median(ious):.2f}, below {MIN_IOU}")
         elif len(ious) >= MIN_BOXES and abs(np.median(aside)) > MAX_ASIDE:
@@ -406,7 +409,7 @@ def judge_calibration(folder, frames, findings):
         where = f"image and depth agree best {u:+d} px right, {v:+d} px down of the calibration"
         row(f"{name}: edges", f"{where}; here {here:+.3f}, there {there:+.3f} ({len(agreements)} frames{few})")
         if len(agreements) >= MIN_FRAMES and np.hypot(u, v) > MAX_SHIFT and here < 0.8 * there:
-            wrong.append(f"depth edges fit image edges better ({there:+.3f} over the median shift, here {here:+.3f}) when shifted by {u:+d}, {v:+d} px of 1242")
+            wrong.append(f"depth edges fit image edges better ({there:+.3f} over the median, here {here:+.3f}) when shifted by {u:+d}, {v:+d} px of 1242")
     elif agreements:
         wrong.append("in no frame do 50 depth edges fall on the image")
     if wrong:
