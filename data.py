@@ -60,25 +60,38 @@ def find_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
     skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds).
     Raises BadInput for a missing root, an unknown layout, an empty split, a missing file, a truncated cloud.
     """
+    frames = list_frames(root, splits, frame_stride, skip_missing)
+    if skip_missing:
+        frames = [f for f in frames if f.image.exists() and f.cloud.exists()]
+    for error in (e for f in frames for e in file_errors(f)):
+        raise error
+    if not frames:
+        raise BadInput(f"{root}: no frames in {'splits ' + ', '.join(splits) if is_object_layout(root) else 'it'}")
+    return frames
+
+
+def list_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
+    """The frames that lists and folders name, whether or not all their files are there. Raises BadInput for the rest of the above."""
     root = Path(root)
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder")
-    if (root / "training").is_dir() or (root / "testing").is_dir():
-        frames = [frame for split in splits for frame in _object_frames(root, split)]
-    else:
-        frames = _raw_frames(root, frame_stride, skip_missing)
-    if skip_missing:
-        frames = [f for f in frames if f.image.exists() and f.cloud.exists()]
-    for f in frames:
-        for path in (f.image, f.cloud, *f.calib):
-            if not path.is_file():
-                raise BadInput(f"{path}: missing (of frame {f.name}; --skip-missing leaves out frames without image or cloud)")
-        size = f.cloud.stat().st_size
-        if size % 16 or not size:
-            raise BadInput(f"{f.cloud}: truncated, {size} bytes is no whole number of points (x, y, z, reflectance in float32)")
-    if not frames:
-        raise BadInput(f"{root}: no frames in {'splits ' + ', '.join(splits) if (root / 'training').is_dir() else 'it'}")
-    return frames
+    if is_object_layout(root):
+        return [frame for split in splits for frame in _object_frames(root, split)]
+    return _raw_frames(root, frame_stride, skip_missing)
+
+
+def is_object_layout(root):
+    return (Path(root) / "training").is_dir() or (Path(root) / "testing").is_dir()
+
+
+def file_errors(frame):
+    """What is wrong with a frame's files as far as their names and sizes tell: BadInputs, the most telling first."""
+    missing = [path for path in (frame.image, frame.cloud, *frame.calib) if not path.is_file()]
+    errors = [BadInput(f"{path}: missing (of frame {frame.name}; --skip-missing leaves out frames without image or cloud)") for path in missing]
+    size = frame.cloud.stat().st_size if frame.cloud not in missing else 16
+    if size % 16 or not size:
+        errors.append(BadInput(f"{frame.cloud}: truncated, {size} bytes is no whole number of points (x, y, z, reflectance in float32)"))
+    return errors
 
 
 def find_held_out(c, frames):
@@ -436,3 +449,20 @@ def augment(batch, box, device):
     beta = transform(alpha, T).gather(1, shuffle[..., None].expand(-1, -1, 4))
     image = warp_images(batch["image"].to(device, non_blocking=True), batch["size"], A, batch["colour"], out_size)
     return {"image": image, "alpha": alpha, "beta": beta, "T": T, "lidar2img": lidar2img, "index": batch["index"]}
+
+
+# -----------------------------------------------------------------------------
+# python data.py check
+
+
+def main():
+    import check
+    import runtime
+
+    runtime.commands({"check": check.check}, "Data sets in their original layouts.")
+
+
+if __name__ == "__main__":
+    import data  # by its name: the BadInput of a script, __main__.BadInput, is not the one that everybody else catches
+
+    data.main()

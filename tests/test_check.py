@@ -1,0 +1,197 @@
+"""`python data.py check` as a user starts it: a sound data set passes, everything broken is named at once, wrong calibrations are told."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import check
+import data
+import synthetic
+from test_inputs import fails
+
+ALL = ("check", "--workers", 1, "--data-root")
+
+
+@pytest.fixture
+def copy(scenes, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(scenes, root)
+    return root
+
+
+def broken_lines(done):
+    """The report's list of what is broken, and nothing else than exit status 1 and a last line that says so."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("broken: "))
+    lines = [line for line in lines[start + 1 :] if line.strip()]
+    assert lines[-1].startswith(f"BROKEN: {len(lines) - 1} "), lines[-1]
+    return lines[:-1]
+
+
+def recalibrate(root, change):
+    """Write change(P2, Tr_velo_to_cam), 3 x 4 each, into every calib file."""
+    for path in (root / "training" / "calib").glob("*.txt"):
+        rows = dict(line.split(": ") for line in path.read_text().splitlines() if line)
+        changed = change(*(np.array(rows[key].split(), float).reshape(3, 4) for key in ("P2", "Tr_velo_to_cam")))
+        rows["P2"], rows["Tr_velo_to_cam"] = (" ".join(map(str, m.ravel())) for m in changed)
+        path.write_text("".join(f"{k}: {v}\n" for k, v in rows.items()))
+
+
+def turned(tr, *angles):
+    return np.hstack([tr[:, :3] @ synthetic.rotation(*np.radians(angles)), tr[:, 3:]])
+
+
+def test_sound_data(run_script, scenes, tmp_path):
+    done = run_script("data.py", "check", "--data-root", scenes, "--workers", 2, "--out", "picture.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    for words in ("splits train 6, val 2, trainval 8", "frames 8, every file read", "image sizes 416 x 128: 8", "points in boxes 100%"):
+        assert words in said
+    clouds = [np.fromfile(path, np.float32).reshape(-1, 4) for path in (scenes / "training" / "velodyne").glob("*.bin")]
+    lengths = [len(c) for c in clouds]
+    assert f"points per cloud {min(lengths):,} {np.median(lengths):,.0f} {max(lengths):,}" in said
+    assert f"reflectance {min(c[:, 3].min() for c in clouds):.2f} {max(c[:, 3].max() for c in clouds):.2f}" in said
+    frame, everything = data.find_frames(scenes)[0], SimpleNamespace(choice=lambda n, *_, **__: np.arange(n))
+    assert check.examine((frame, False, False))["in_view"] == len(data.load_frame(frame, 1, everything)["points"])  # what training sees
+    assert done.stdout.splitlines()[-1] == "OK: 8 frames; look at picture.png"
+    picture = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
+    colourful = (picture.max(2) - picture.min(2) > 100).mean()  # images are grey there: what is coloured is points
+    assert picture.shape[0] > 1000 and colourful > 0.02
+
+
+def test_everything_broken_is_named_at_once(run_script, copy):
+    t = copy / "training"
+    (t / "image_2" / "000000.png").unlink()
+    (t / "velodyne" / "000000.bin").write_bytes(b"12345")  # a second fault of the same frame
+    cloud = t / "velodyne" / "000001.bin"
+    cloud.write_bytes(cloud.read_bytes()[:-5])
+    points = np.fromfile(t / "velodyne" / "000002.bin", np.float32)
+    points[[4, 9]] = np.nan, np.inf
+    points.tofile(t / "velodyne" / "000002.bin")
+    image = t / "image_2" / "000003.png"
+    image.write_bytes(image.read_bytes()[:2000])
+    (t / "calib" / "000004.txt").write_text("P0: 1 2 3\n")
+    (t / "label_2" / "000005.txt").write_text("Car 0.00 0 1.5\n")
+    np.float32([[20, 0, 0, 0.5]] * 9).tofile(t / "velodyne" / "000006.bin")
+    points = np.fromfile(t / "velodyne" / "000007.bin", np.float32).reshape(-1, 4)
+    points[:, 3] *= 255
+    points.tofile(t / "velodyne" / "000007.bin")
+    with open(copy / "ImageSets" / "val.txt", "a") as f:
+        f.write("000000\n")
+    lines = broken_lines(run_script("data.py", *ALL, copy))
+    expected = {
+        f"{t}/image_2/000000.png: missing", f"{t}/velodyne/000000.bin: truncated, 5 bytes", f"{cloud}: truncated", f"{t}/velodyne/000002.bin: 2 of",
+        f"{image}: not a readable image", f"{t}/calib/000004.txt: no P2", f"{t}/label_2/000005.txt: line 1 is no label",
+        f"{t}/velodyne/000006.bin: 9 points in the camera's view, fewer than 16", f"{t}/velodyne/000007.bin: reflectance",
+        f"{copy}, train and val: 1 frames are in both, training/000000",
+    }
+    assert {e for e in expected if any(e in line for line in lines)} == expected and len(lines) == len(expected), lines
+
+
+def test_long_lists_are_cut_but_counted(copy, tmp_path, capsys):
+    (copy / "ImageSets" / "train.txt").write_text("\n".join(f"{i:06d}" for i in range(100, 130)))
+    (copy / "ImageSets" / "odd.txt").write_text("900000")
+    (copy / "ImageSets" / "test.txt").write_text("000000")
+    with pytest.raises(SystemExit, match="1"):
+        check.check((copy,), workers=1, out=tmp_path / "picture.png")
+    said = capsys.readouterr().out
+    assert "broken: 90" in said and said.count(": missing (of frame") == 50 and "and 40 more" in said and "BROKEN: 90 " in said
+    assert "odd.txt: left out" in said and "test.txt: left out, there is no testing/ here" in said
+
+
+SHIFT = np.array([[1, 0, 20 * 416 / 1242], [0, 1, 0], [0, 0, 1]])
+WRONG = {
+    "yaw 3": (lambda p2, tr: (p2, turned(tr, 3)), ["hold 5 points", "depth edges fit image edges better"]),
+    "yaw -2": (lambda p2, tr: (p2, turned(tr, -2)), ["depth edges fit image edges better"]),
+    "pitch 1": (lambda p2, tr: (p2, turned(tr, 0, 1)), ["depth edges fit image edges better"]),
+    "20 px": (lambda p2, tr: (SHIFT @ p2, tr), ["median IoU", "depth edges fit image edges better"]),
+    "P0": (lambda p2, tr: (np.c_[p2[:, :3], np.zeros(3)], tr), ["the projection of another camera than P2's"]),
+    "y mirrored": (lambda p2, tr: (p2, tr * [1, -1, 1, 1]), ["hold 5 points"]),
+    "y, z swapped": (lambda p2, tr: (p2, tr[:, [0, 2, 1, 3]]), ["hold 5 points"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calibration(run_script, copy, name, capsys):
+    change, words = WRONG[name]
+    recalibrate(copy, change)
+    if name == "yaw 3":
+        lines = broken_lines(run_script("data.py", *ALL, copy))
+    else:  # the same without seconds of imports
+        findings = check.Findings()
+        check.check_root(copy, (), 1, 0, False, 1, findings)
+        lines = list(findings.broken.values())
+    assert len(lines) == 1 and "calib: wrong calibration?" in lines[0] and all(word in lines[0] for word in words), lines
+
+
+def test_wrong_calibration_without_labels(copy, capsys):
+    shutil.rmtree(copy / "training" / "label_2")
+    findings = check.Findings()
+    check.check_root(copy, (), 1, 0, False, 1, findings)
+    assert not findings.broken
+    recalibrate(copy, lambda p2, tr: (p2, turned(tr, 2)))
+    data.read_lidar2img.cache_clear()
+    check.check_root(copy, (), 1, 0, False, 1, findings)
+    assert "depth edges fit" in str(findings.broken)
+
+
+def test_raw_drives(run_script, raw_drive, scenes, tmp_path, capsys):
+    done = run_script("data.py", *ALL, raw_drive, scenes, "--max-frames", 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("1: 2011_09_26_drive_0001_sync 3", "4, only 3 of them read (--max-frames)", "3 frames; 8 are needed"):
+        assert words in done.stdout
+    root = tmp_path / "raw"
+    shutil.copytree(raw_drive, root)
+    clouds = sorted(root.rglob("*.bin"))
+    clouds[1].unlink()
+    for skip_missing, broken, notes in ((False, f"{clouds[1]}: missing", ""), (True, "", "--skip-missing: 1 frames left out")):
+        findings = check.Findings()
+        good = check.check_root(root, (), 1, 0, skip_missing, 1, findings)
+        assert len(good) == 3 and len(findings.broken) == bool(broken) and broken in str(findings.broken.values()) and notes in str(findings.notes.values())
+
+
+def test_shared_drives(copy, capsys):
+    (copy / "mapping").mkdir()
+    (copy / "mapping" / "train_mapping.txt").write_text("".join(f"2011_09_26 drive_{i % 7} {i:010d}\n" for i in range(8)))
+    (copy / "mapping" / "train_rand.txt").write_text(",".join(str(8 - i) for i in range(8)))  # frames 0 and 7 are of drive_0
+    for split, ids in (("train", "000000 000001"), ("val", "000007 000002")):
+        (copy / "ImageSets" / f"{split}.txt").write_text(ids)
+    findings = check.Findings()
+    check.check_root(copy, ("train", "val"), 1, 0, False, 1, findings)
+    assert not findings.broken and [line for line in findings.notes.values() if "raw drives of train and val: 1 are in both, drive_0;" in line]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data-root", ".", "--nonsense", 3], ["--nonsense"]),
+    (["--data-root", "nowhere"], ["nowhere: no such folder"]),
+])
+def test_bad_arguments_are_one_line(run_script, tmp_path, arguments, words):
+    fails(run_script("data.py", "check", *arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"frame_stride": 0}, "--frame-stride 0"),
+    ({"max_frames": -1}, "--max-frames -1"),
+    ({"out": Path("no/such/folder.png")}, "--out no/such/folder.png"),
+    ({"out": Path("picture.txt")}, "--out picture.txt"),
+    ({"splits": ("nonsense",)}, "nonsense.txt: missing"),
+    ({"data_root": (Path("."),)}, "neither KITTI object"),
+])
+def test_arguments_that_cannot_work(scenes, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.BadInput, match=words):
+        check.check(**{"data_root": (scenes,), **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_frames(run_script, kitti):
+    roots = [kitti, *([kitti / "raw"] if (kitti / "raw").is_dir() else [])]
+    done = run_script("data.py", "check", "--max-frames", 10, "--data-root", *roots)
+    assert done.returncode == 0 and "broken" not in done.stdout, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("OK: ") and "agree best" in done.stdout
