@@ -10,6 +10,7 @@ step's matching (eval.py says what the figures are); no run and no step is picke
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def ablate(options, flags, base):
 
     def run(job):
         variant, seed = job
-        folder = Path("out", name, variant.replace(" ", "_"), str(seed))
+        folder = Path("out", name, re.sub(r"\W+", "_", variant), str(seed))
         arguments = ["demo", *flags, *shlex.split(variants[variant]), "--seed", str(seed), "--name", str(folder.relative_to("out"))]
         c = parse(arguments)
         if c.batch_size > base.batch_size:  # larger batches see as many frames, in fewer steps

@@ -281,18 +281,6 @@ def list_splits(root, splits, frame_stride, findings):
     return out
 
 
-def drives_of_training(root):
-    """{frame name: raw drive} from the object devkit's mapping, where it lies in the root; {} otherwise."""
-    for folder in (root, root / "mapping", root / "devkit" / "mapping", root / "devkit_object" / "mapping"):
-        try:
-            drives = [line.split()[1] for line in (folder / "train_mapping.txt").read_text().splitlines() if line.split()]
-            order = [int(i) - 1 for i in (folder / "train_rand.txt").read_text().replace(",", " ").split()]
-            return {f"training/{i:06d}": drives[j] for i, j in enumerate(order)}
-        except (OSError, ValueError, IndexError):
-            continue
-    return {}
-
-
 def compare_splits(root, splits, findings):
     """Frames that are listed twice, or that training and validation share."""
     names = {split: [f.name for f in frames] for split, frames in splits.items()}
@@ -304,11 +292,11 @@ def compare_splits(root, splits, findings):
         shared = sorted(set(names["train"]) & set(names["val"]))
         if shared:
             findings.add(findings.broken, f"{root}, train and val: {len(shared)} frames are in both, {', '.join(shared[:3])}")
-        drive = drives_of_training(root)
-        shared = sorted({drive[n] for n in names["train"] if n in drive} & {drive[n] for n in names["val"] if n in drive})
+        train, val = ({f.drive for f in splits[split] if f.drive} for split in ("train", "val"))
+        shared = sorted(train & val)
         if shared:
             findings.add(findings.notes, f"{root}, raw drives of train and val: {len(shared)} are in both, {', '.join(shared[:3])}; neighbours look alike")
-        elif not drive:
+        elif not train:
             findings.add(findings.notes, f"{root}, raw drives of train and val: not known (the object devkit's mapping/train_{{mapping,rand}}.txt would tell)")
 
 

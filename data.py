@@ -122,24 +122,25 @@ def _object_frames(root, split):
         raise BadInput(f"{listing}: missing; it lists the frames of split '{split}', one id a line (--splits trainval takes the whole training folder)")
     if not ids:
         raise BadInput(f"{listing}: split '{split}' is empty")
-    drives = _object_drives(root / "mapping") if folder.name == "training" else {}
+    drives = _object_drives(root) if folder.name == "training" else {}
     return [
         Frame(f"{folder.name}/{i}", _png_or_jpg(folder / "image_2" / i), folder / "velodyne" / f"{i}.bin", (folder / "calib" / f"{i}.txt",), drives.get(i))
         for i in ids
     ]
 
 
-def _object_drives(folder):
-    """{frame: drive} of the object layout's training folder, from the `mapping` folder of KITTI's devkit where a user put it: line
+def _object_drives(root):
+    """{frame: drive} of the object layout's training folder, from the `mapping` folder of KITTI's devkit where a user put it here: line
     n of train_mapping.txt is a raw frame, and number i of train_rand.txt says which line frame i is, counted from 1."""
-    mapping, order = folder / "train_mapping.txt", folder / "train_rand.txt"
-    if not (mapping.is_file() and order.is_file()):
-        return {}
-    try:
-        drives = [line.split()[1] for line in mapping.read_text().splitlines()]
-        return {f"{i:06d}": drives[int(line) - 1] for i, line in enumerate(order.read_text().replace(",", " ").split())}
-    except (IndexError, ValueError):
-        raise BadInput(f"{folder}: train_mapping.txt and train_rand.txt do not fit each other") from None
+    for folder in (root / "mapping", root / "devkit" / "mapping", root / "devkit_object" / "mapping"):
+        mapping, order = folder / "train_mapping.txt", folder / "train_rand.txt"
+        if mapping.is_file() and order.is_file():
+            try:
+                drives = [line.split()[1] for line in mapping.read_text().splitlines()]
+                return {f"{i:06d}": drives[int(n) - 1] for i, n in enumerate(order.read_text().replace(",", " ").split())}
+            except (IndexError, ValueError):
+                raise BadInput(f"{folder}: train_mapping.txt and train_rand.txt do not fit each other") from None
+    return {}
 
 
 def _raw_frames(root, frame_stride, skip_missing):

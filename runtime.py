@@ -152,7 +152,11 @@ def start_run(device="auto", seed=0):
         torch.cuda.set_device(local)
     control = None
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # torchrun --max-restarts may start processes again with the store of the last attempt (torch 2.13 with --standalone does), where
+        # they would find the addresses of the dead: each attempt has names of its own
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
         control = dist.new_group(backend="gloo")
     torch.manual_seed(seed)
     return Run(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world, control)
@@ -184,7 +188,9 @@ def cut_log(path, step):
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 def provenance(run):

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import data
 import ops_triton as ops
+import pictures
 import runtime
 import weights
 from data import BadInput
@@ -513,9 +514,9 @@ def info_nce(query, key, temperature, gather=False, report=True):
 
 def effective_rank(z):
     """exp(entropy of the singular values' shares) of z (n, D) (Roy and Vetterli 2007; as RankMe, uncentred): how many dimensions
-    are in use, from 1, collapsed to one direction, to D."""
-    z = z.double()
-    share = torch.linalg.eigvalsh(z.T @ z).clamp_(min=0).sqrt_()
+    are in use, from 1, collapsed to one direction, to D. NaN for what is not finite."""
+    gram = torch.nan_to_num(z.double().T @ z.double(), 0.0, 0.0, 0.0)  # eigvalsh would raise, and hide who it was
+    share = torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_()
     share = share / share.sum()
     return torch.exp(-torch.xlogy(share, share).sum())
 
@@ -525,7 +526,7 @@ def effective_rank(z):
 
 
 class SimIPU(nn.Module):
-    """forward(batch of data.augment) -> total loss, stats (dict of scalars; {} without `report`). Parts have the release's names."""
+    """forward(batch of data.augment) -> total loss, stats (dict of scalars; few without `report`). Parts have the release's names."""
 
     def __init__(self, c):
         super().__init__()
@@ -567,8 +568,7 @@ class SimIPU(nn.Module):
             f_alpha, f_beta = f_alpha.flatten(0, 1), f_beta.flatten(0, 1)  # (B P, 128)
             intra, s = info_nce(f_alpha, f_beta.detach() if c.detach_keys else f_beta, c.temperature, c.gather_negatives, report)
             loss = loss + c.intra_weight * intra
-            if report:
-                stats |= {"intra": intra.detach(), **{f"intra_{k}": v for k, v in s.items()}, "match_m": distance.mean()}
+            stats |= {"intra": intra.detach(), **{f"intra_{k}": v for k, v in s.items()}, "match_m": distance.mean()}
         else:
             visible_rows = visible.flatten().nonzero()[:, 0]
 
@@ -580,8 +580,7 @@ class SimIPU(nn.Module):
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
             inter, s = info_nce(query, key, c.temperature, c.gather_negatives, report)
             loss = loss + c.inter_weight * inter
-            if report:
-                stats |= {"inter": inter.detach(), **{f"inter_{k}": v for k, v in s.items()}, "visible": visible.float().mean()}
+            stats |= {"inter": inter.detach(), **{f"inter_{k}": v for k, v in s.items()}, "visible": visible.float().mean()}
         return loss, stats
 
 
@@ -598,9 +597,8 @@ def build_optimizers(model, c):
         optimizers.append(torch.optim.SGD(others, c.image_lr, momentum=0.9, weight_decay=1e-4))
     else:
         optimizers.append(torch.optim.AdamW(others, c.image_lr, betas=(0.9, 0.999), weight_decay=0.01))
-    for optimizer in optimizers:
-        for g in optimizer.param_groups:
-            g["initial_lr"] = g["lr"]
+    for g in (g for o in optimizers for g in o.param_groups):
+        g["initial_lr"] = g["lr"]
     return optimizers
 
 
@@ -624,21 +622,19 @@ def check_config(c, world):
     group = min(c.group, c.batch_size // world)
     if group < 1 or c.batch_size % (group * world):
         raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
-    for flag in ("places", "epochs", "log_every", "save_every", "frame_stride", "temperature", "eval_frames", "image_lr", "point_lr"):
-        if getattr(c, flag) <= 0:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(c, flag)}: must be above 0")
-    for flag, low, high in (("crop", 0.05, 20.0), ("shift", 0.0, 1.0), ("jitter", 0.0, 1.0), ("scale", 0.05, 20.0), ("flip", 0.0, 1.0)):
-        values = getattr(c, flag) if isinstance(getattr(c, flag), tuple) else (getattr(c, flag),)
+    above_0 = ("places", "epochs", "log_every", "save_every", "frame_stride", "temperature", "eval_frames", "image_lr", "point_lr")
+    limits = {"crop": (0.2, 5.0), "shift": (0.0, 1.0), "jitter": (0.0, 1.0), "scale": (0.2, 5.0), "flip": (0.0, 1.0)}
+    for flag, (low, high) in (limits | dict.fromkeys(above_0, (1e-12, math.inf))).items():
+        values = np.atleast_1d(getattr(c, flag))
         if not all(low <= v <= high for v in values) or (flag in ("crop", "scale") and values[0] > values[1]):
-            raise BadInput(f"--{flag} {' '.join(map(str, values))}: must be from {low:g} to {high:g}{', the smaller first' if low else ''}")
+            what = "above 0" if flag in above_0 else f"from {low:g} to {high:g}, the smaller first"
+            raise BadInput(f"--{flag.replace('_', '-')} {' '.join(map(str, values))}: must be {what}")
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
     if len(c.image_scale) not in (2, 4) or min(c.image_scale) < 32 or any(a > b for a, b in zip(c.image_scale, c.image_scale[2:])):
         raise BadInput(f"--image-scale {' '.join(map(str, c.image_scale))}: two numbers (width height) or four (smallest, then largest), from 32 on")
-    if not (c.intra_weight or c.inter_weight):
-        raise BadInput("--intra-weight 0 --inter-weight 0: nothing to learn")
-    if not c.inter_weight and (c.init or c.compile):
-        raise BadInput("--inter-weight 0: there is no image encoder for --init or --compile")
+    if not c.inter_weight and (c.init or c.compile or not c.intra_weight):
+        raise BadInput(f"--inter-weight 0: there is no image encoder for --init or --compile{', and with --intra-weight 0 nothing to learn' * (not c.intra_weight)}")
     return group
 
 
@@ -659,19 +655,18 @@ def train(c):
             if isinstance(layer, PointLayer):
                 layer.sync = True
     optimizers = build_optimizers(model, c)
-    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())
     frames, held_out, note = load_frames(c, run)
     notes += [note] if note else []
-    if len(frames) < c.batch_size:
-        raise BadInput(f"--batch-size {c.batch_size}: more than the {len(frames)} frames found")
-    if c.pairs == "wrong" and len(frames) < 2:
-        raise BadInput("--pairs wrong: there is only one frame, whose image is right")
+    if len(frames) < max(c.batch_size, 2):
+        raise BadInput(f"--batch-size {c.batch_size}: the {len(frames)} frames found are too few")
     folder = Path(c.out) / c.name
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(frames)}
     start = runtime.resume(folder / "last.pt", identity, model, optimizers)
     if run.any(start > 0) and not start:
         raise BadInput(f"{folder}/last.pt: some processes see it and some do not; --out must be on a disk that all nodes share")
+    groups = [g for o in optimizers for g in o.param_groups]
+    owned = [p for g in groups for p in g["params"]]
+    assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())
     if c.compile:
         model.img_backbone.compile(dynamic=True)
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
@@ -718,11 +713,10 @@ def train(c):
         runtime.cut_log(folder / "log.jsonl", start)
         million = sum(p.numel() for p in owned) / 1e6
         print("\n".join([*notes, f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}"]))
-        smaller = f" (not {c.group}: --batch-size is too small for so many processes)" if group < c.group else ""
+        smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < c.group)
         print(f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames{smaller}, {group * c.places} pairs a pass")
         print(f"steps {start} to {steps}, {steps_per_epoch} an epoch, into {folder}/", flush=True)
-    if start < steps:
-        log({"step": start, **about})
+    log({"step": start, **about})
     asked_to_stop = runtime.catch_signals()
 
     # ============ the loop ============
@@ -730,9 +724,8 @@ def train(c):
     bar = tqdm(total=steps, initial=start, disable=not run.main, dynamic_ncols=True, mininterval=1)
     clock, unchecked, judged, stopping = runtime.Clock(), [], None, False
     for step in range(start, steps):
-        for optimizer in optimizers:
-            for g in optimizer.param_groups:
-                g["lr"] = g["initial_lr"] * c.lr_decay ** (step // steps_per_epoch)
+        for g in groups:
+            g["lr"] = g["initial_lr"] * c.lr_decay ** (step // steps_per_epoch)
         done = step + 1
         report = done % c.log_every == 0 or done == steps
 
@@ -752,7 +745,6 @@ def train(c):
             optimizer.zero_grad(set_to_none=True)
         clock.steps += 1
         bar.update()
-
         # losses must be finite: the step before's are known without waiting for the GPU, this one's must be before anything is written
         stopping = run.any(bool(asked_to_stop))
         saving = done % c.save_every == 0 or done == steps or stopping
@@ -766,7 +758,7 @@ def train(c):
         # once in a while: write how it goes, judge, save
         if report:
             stats = run.mean(stats)  # of the last pass
-            log({"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [o.param_groups[0]["lr"] for o in optimizers], **clock.read(c.batch_size)})
+            log({"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [g["lr"] for g in groups], **clock.read(c.batch_size)})
             bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
         if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
             judged = evaluate.match(model, held_out, c, run.device)  # on every rank: recalibrating batch norm talks to the others
@@ -786,13 +778,13 @@ def finish(model, c, run, frames, held_out, folder, judged):
     import eval as evaluate
 
     if run.main:
-        evaluate.pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
+        pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
         view = data.augment(data.collate([data.PretrainFrames(frames, c)[(0, 0)]]), evaluate.image_box(c), run.device)
-        evaluate.pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
+        pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out:
         torch.manual_seed(c.seed)
-        rows = {"untrained": evaluate.match(SimIPU(c).to(run.device), held_out, c, run.device)}
+        rows = {"random": evaluate.match(SimIPU(c).to(run.device), held_out, c, run.device)}
         rows["trained"] = judged or evaluate.match(model, held_out, c, run.device)
         if run.main:
             print("\n" + "\n".join(evaluate.match_table(rows)))

@@ -1,10 +1,12 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts: small work, on machines that often run something else too
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
 REPO = Path(__file__).resolve().parent.parent
@@ -57,5 +59,29 @@ def run_script(tmp_path):
         command = [*launcher, str(REPO / script), *map(str, arguments)]
         threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env={**os.environ, **threads, **dict(env)})
+
+    return run
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """run_here(module, "demo", ...): the same without the seconds that a process needs to start. -> (exit status, stdout, stderr), as
+    the shell would see them."""
+
+    def run(module, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        status, last_words = 0, ""
+        try:
+            module.main()
+        except SystemExit as e:
+            status, last_words = (e.code or 0, "") if isinstance(e.code, int | None) else (1, f"{e.code}\n")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        said = capsys.readouterr()
+        return status, said.out, said.err + last_words
 
     return run

@@ -120,15 +120,15 @@ def blob_image(width, height, u, v, sigma=6.0):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("box", [(320, 96), (512, 160), (900, 270)])
-def test_pixels_follow_resize_flip_and_pad(flip, box):
+@pytest.mark.parametrize("box, window", [((320, 96), (0, 0, 1)), ((512, 160), (0, 0, 1)), ((900, 270), (0, 0, 1)), ((512, 160), (0.1, 0.2, 0.6)), ((512, 160), (-0.2, -0.1, 1.3))])
+def test_pixels_follow_resize_window_flip_and_pad(flip, box, window):
     """A Gaussian blob is drawn at a known pixel; after the warp its centre of mass is where A says, to a thousandth of a pixel
     for matrices and a twentieth for resampling. Two image sizes share the canvas."""
     sizes, spots = [(500, 151), (421, 140)], [(203.3, 71.6), (150.0, 60.5)]
     images = [np.repeat((255 * blob_image(*size, *spot))[..., None], 3, 2).astype(np.uint8) for size, spot in zip(sizes, spots)]
     lidar2img = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1.0]])  # a point (x, y, 0) is the pixel (x, y)
     samples = [
-        {"image": im, "points": np.float32([[*spot, 0, 0]]), "lidar2img": lidar2img, "flip": flip, "T": np.eye(4), "shuffle": np.arange(1), "index": 0}
+        {"image": im, "points": np.float32([[*spot, 0, 0]]), "lidar2img": lidar2img, "flip": flip, "T": np.eye(4), "shuffle": np.arange(1), "index": 0, "window": np.float64(window), "colour": np.eye(3, 4)}
         for im, spot in zip(images, spots)
     ]
     view = data.augment(data.collate(samples), box, "cpu")
@@ -138,12 +138,17 @@ def test_pixels_follow_resize_flip_and_pad(flip, box):
     for b, ((w, h), (u, v)) in enumerate(zip(sizes, spots)):
         s = min(box[0] / w, box[1] / h)
         w2, h2 = round(w * s), round(h * s)
-        expected = np.array([(u + 0.5) * w2 / w - 0.5, (v + 0.5) * h2 / h - 0.5])
+        expected = np.array([((u + 0.5) / w - window[0]) * w2 / window[2] - 0.5, ((v + 0.5) / h - window[1]) * h2 / window[2] - 0.5])
         if flip:
             expected[0] = w2 - 1 - expected[0]
         assert np.abs(uv[b, 0].numpy() - expected).max() < 1e-3
         light = view["image"][b, 0] * data.IMAGENET_STD[0] + data.IMAGENET_MEAN[0]
-        assert (view["image"][b, :, h2:].abs().max() if h2 < H else 0) == 0 and (view["image"][b, :, :, w2:].abs().max() if w2 < W else 0) == 0
+        if window[2] >= 1:  # beside a smaller window lies more of the image
+            assert (view["image"][b, :, h2:].abs().max() if h2 < H else 0) == 0 and (view["image"][b, :, :, w2:].abs().max() if w2 < W else 0) == 0
+        if window[2] > 1:  # all around the image lies the mean colour: darkness for the centre of mass
+            inside = view["image"][b, 0] != 0
+            assert inside.sum() == pytest.approx(w2 * h2 / window[2] ** 2, rel=0.02)
+            light = light * inside
         light = light[:h2, :w2].double()
         center = np.array([(light.sum(0) * torch.arange(w2)).sum() / light.sum(), (light.sum(1) * torch.arange(h2)).sum() / light.sum()])
         assert np.abs(center - expected).max() < 0.05, (center, expected)
@@ -152,9 +157,65 @@ def test_pixels_follow_resize_flip_and_pad(flip, box):
 def test_warp_without_change_is_the_image_itself(scenes):
     image = data.read_image(data.find_frames(scenes)[0].image)
     h, w = image.shape[:2]
-    out = data.warp_images(torch.tensor(image).permute(2, 0, 1)[None], torch.tensor([[w, h]]), torch.eye(3)[None], (w, h))
+    out = data.warp_images(torch.tensor(image).permute(2, 0, 1)[None], torch.tensor([[w, h]]), torch.eye(3)[None], torch.eye(3, 4)[None], (w, h))
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     assert ((out[0] * std + mean) * 255 - torch.tensor(image).permute(2, 0, 1)).abs().max() < 0.05
+
+
+def test_windows_are_where_they_are_said_to_be():
+    rng = np.random.default_rng(0)
+    whole = np.array([data.random_window(rng, (1.0, 1.0), (0.0, 0.0)) for _ in range(5)])
+    assert (whole == [0, 0, 1]).all()
+    left, top, size = np.array([data.random_window(rng, (0.5, 1.0), (0.0, 0.0)) for _ in range(500)]).T
+    assert 0.5 <= size.min() < 0.52 and 0.98 < size.max() <= 1 and min(left.min(), top.min()) >= 0 and max((left + size).max(), (top + size).max()) <= 1
+    assert np.corrcoef(left, top)[0, 1] < 0.9 and (left > 0.2).any()
+    left, top, size = np.array([data.random_window(rng, (1.0, 1.0), (0.0, 0.25)) for _ in range(500)]).T
+    assert (left == 0).all() and (size == 1).all() and -0.25 <= top.min() < -0.2 and 0.2 < top.max() <= 0.25
+
+
+def test_colour_jitter():
+    """Without strength the identity, to the bit; each part does what it is called; grey stays grey under saturation and hue."""
+    rng = np.random.default_rng(0)
+    draw = lambda *jitter: np.array([data.random_colour(rng, jitter) for _ in range(200)])
+    assert (draw(0, 0, 0, 0) == np.eye(3, 4)).all()
+    grey, orange = np.array([0.4, 0.4, 0.4, 1]), np.array([0.8, 0.4, 0.2, 1])
+    bright = draw(0.4, 0, 0, 0) @ grey
+    assert np.allclose(bright, bright[:, :1]) and 0.24 <= bright.min() < 0.26 and 0.54 < bright.max() <= 0.56
+    assert np.allclose(draw(0, 0.4, 0, 0) @ [0.5, 0.5, 0.5, 1], 0.5) and np.ptp(draw(0, 0.4, 0, 0) @ grey) > 0.05
+    for jitter in ((0, 0, 0.4, 0), (0, 0, 0, 0.1)):
+        assert np.allclose(draw(*jitter) @ grey, 0.4)
+    spread = np.ptp(draw(0, 0, 0.4, 0) @ orange, axis=1) / 0.6
+    assert 0.6 <= spread.min() < 0.65 and 1.35 < spread.max() <= 1.4
+    turned = draw(0, 0, 0, 0.1)[:, :, :3]
+    np.testing.assert_allclose(turned @ turned.transpose(0, 2, 1), np.broadcast_to(np.eye(3), turned.shape), atol=1e-12)
+    cosine = (np.trace(turned, axis1=1, axis2=2) - 1) / 2
+    assert np.cos(0.2 * np.pi) <= cosine.min() < np.cos(0.19 * np.pi)
+
+
+def test_colours_reach_the_image_and_stay_within_0_to_255(scenes):
+    frames = data.find_frames(scenes)
+    plain, jittered = (data.PretrainFrames(frames, Config(num_points=256, jitter=j))[(0, 0)] for j in ((0.0,) * 4, (0.8, 0.8, 0.8, 0.2)))
+    a, b = (data.augment(data.collate([s]), (320, 96), "cpu")["image"][0] for s in (plain, jittered))
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    M = torch.tensor(jittered["colour"], dtype=torch.float32)
+    expected = (torch.einsum("ij,jhw->ihw", M[:, :3], a * std + mean) + M[:, 3, None, None]).clamp(0, 1)
+    seen = (a != 0).any(0)  # beyond the image lies the mean colour, jittered or not
+    assert ((b * std + mean - expected).abs() * seen).max() < 1e-4 and (a - b).abs().max() > 0.1
+    assert np.array_equal(plain["points"], jittered["points"]) and np.array_equal(plain["T"], jittered["T"])  # nothing else is drawn anew
+
+
+def test_wrong_pairs_never_have_their_own_image(scenes):
+    frames = data.find_frames(scenes, ["trainval"])
+    images = [data.read_image(f.image) for f in frames]
+    wrong = data.PretrainFrames(frames, Config(num_points=2048, pairs="wrong"))
+    for i in range(len(frames)):
+        taken = set()
+        for epoch in range(12):
+            sample = wrong[(epoch, i)]
+            taken |= {j for j, image in enumerate(images) if np.array_equal(image, sample["image"])}
+        assert i not in taken and len(taken) > 2  # another one every time
+        own = data.read_cloud(frames[i].cloud)
+        assert {p.tobytes() for p in sample["points"]} <= {p.tobytes() for p in own}
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -54,9 +54,23 @@ def test_random_features_score_chance_and_collapsed_ones_no_top1():
     torch.manual_seed(0)
     loss, stats = simipu.info_nce(torch.randn(4096, 128), torch.randn(4096, 128), 1.0)
     assert stats["chance"].item() == pytest.approx(8.318, abs=1e-3) and loss.item() == pytest.approx(8.318, abs=0.02)
-    assert stats["std"].item() == pytest.approx(1, abs=0.01)
+    assert stats["std"].item() == pytest.approx(1, abs=0.01) and stats["rank"] > 120
     loss, stats = simipu.info_nce(torch.ones(64, 8), torch.ones(64, 8), 0.07)
     assert loss.item() == pytest.approx(math.log(64), abs=1e-4) and stats["top1"] == 0 and stats["std"].item() == pytest.approx(0, abs=1e-6)
+    assert stats["rank"].item() == stats["key_rank"].item() == pytest.approx(1, abs=1e-6)
+
+
+def test_effective_rank():
+    """By numpy's singular values; d equal directions are d dimensions; and report=False changes nothing but the stats."""
+    torch.manual_seed(0)
+    z = torch.randn(300, 16) * torch.linspace(0.1, 2, 16)
+    s = np.linalg.svd(z.double().numpy(), compute_uv=False)
+    p = s / s.sum()
+    assert simipu.effective_rank(z).item() == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+    assert simipu.effective_rank(torch.eye(16)[:5].repeat(7, 1)).item() == pytest.approx(5, rel=1e-3)
+    q, k = torch.randn(50, 16), torch.randn(50, 16)
+    assert simipu.info_nce(q, k, 0.07, report=False)[1] == {}
+    assert torch.equal(simipu.info_nce(q, k, 0.07, report=False)[0], simipu.info_nce(q, k, 0.07)[0])
 
 
 def test_half_precision_features_are_compared_in_float32():
