@@ -423,6 +423,8 @@ def probe_command(
     if not c.inter_weight:
         raise BadInput(f"{checkpoint}: trained without an image encoder (--inter-weight 0)")
     chosen, notes = choose_frames(c, {name_of(checkpoint): saved}, data_root, splits, frames, frame_stride)
+    if len(chosen) < 3:
+        raise BadInput(f"--frames {len(chosen)}: probing needs three frames or more, to fit, to choose the ridge's strength, and to score")
     torch.manual_seed(c.seed)
     encoders = {name_of(checkpoint): model.img_backbone, "random": simipu.build_image_encoder(c.image_encoder).to(device)}
     for path in also:

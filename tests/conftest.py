@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small work, on machines that often run something else too
+
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts: small work, on machines that often run something else too
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
 REPO = Path(__file__).resolve().parent.parent
