@@ -237,7 +237,7 @@ class Bench:
             batch_size=samples, group=samples, workers=workers, **sizes,
         )  # fmt: skip
         simipu.check_config(c, 1)
-        self.frames, _ = simipu.load_frames(c, self.run)
+        self.frames, _, _ = simipu.load_frames(c, self.run)
         if samples > len(self.frames):
             raise BadInput(f"--samples {samples}: more than the {len(self.frames)} frames found")
 
@@ -489,7 +489,7 @@ def bench_step(b):
     def step(batch, dtype, enter=lambda stage: None):
         enter("heads, losses")  # and all in `forward` that no other stage claims
         with b.autocast(dtype):
-            loss, stats = model(batch)
+            loss, stats = model(batch, False)
         enter("backward")
         loss.backward()
         enter("optimizers")
@@ -535,7 +535,7 @@ def bench_step(b):
     known = {}
     for dtype in (torch.float32, b.dtype):
         with patch.object(simipu, "match_in_background", lambda *args: seen.append(args) or match(*args)), torch.no_grad(), b.autocast(dtype):
-            model(b.batch)
+            model(b.batch, False)
         known[dtype] = match(*seen[-1])()
 
     def usual_step(dtype):
@@ -563,13 +563,12 @@ def bench_step(b):
 
 
 def main():
-    o = tyro.cli(Ops | Step)
-    try:
+    def run(o):
         b = Bench(o)
         bench_ops(b) if isinstance(o, Ops) else bench_step(b)
         b.finish()
-    except BadInput as e:
-        raise SystemExit(f"error: {e}") from None
+
+    runtime.command_line(lambda: tyro.cli(Ops | Step), run)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ PRESETS = {
             batch_size=4, epochs=1000, max_steps=140, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=35,
         ),
     ),
-    "kitti": ("KITTI's object benchmark: the paper's recipe.", Config()),
+    "kitti": ("KITTI's object benchmark: the paper's recipe.", Config(eval_splits=("val",), eval_every=1000)),
     "kitti_raw": ("KITTI raw drives.", Config(data_root=("data/kitti_raw",), frame_stride=10, name="kitti_raw")),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_loop import MINI
 
 import data
+import eval as evaluate
 import runtime
 import simipu
 import weights
@@ -444,19 +445,18 @@ def test_export_refuses(finished, tmp_path):
     assert all(k.startswith("img_backbone.") for k in torch.load(out, weights_only=True)["state_dict"])
 
 
-def test_the_commands(run_script, scenes, tmp_path):
+def test_the_commands(run_script, run_here, scenes, tmp_path):
     """A run's backbone.pt says what it is; the run is exported, and starts another run, whose first step is that of its weights."""
     start = ["demo", "--data-root", scenes, *MINI]
-    done = run_script("simipu.py", *start, "--max-steps", 2)
-    assert done.returncode == 0, done.stderr
+    assert run_here(simipu, *start, "--max-steps", 2)[0] == 0
     saved = torch.load(tmp_path / "out" / "demo" / "backbone.pt", weights_only=True)
     assert (saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["arch"], saved["step"]) == ("RGB", MEAN, STD, "resnet18", 2)
     assert len(saved["state_dict"]) == 122 - 2  # torchvision's resnet18 has two more, of its classifier
     done = run_script("eval.py", "export", "out/demo/last.pt", "--format", "mmdet3d", "--out", "it.pth")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("it.pth: 330 tensors") and json.loads((tmp_path / "it.json").read_text())["arch"] == "resnet18"
-    done = run_script("eval.py", "export", "out/demo/backbone.pt", "--format", "points", "--out", "points.pth")
-    assert done.returncode == 1 and done.stderr == "error: out/demo/backbone.pt: holds no trained point encoder; export last.pt\n"
+    refused = run_here(evaluate, "export", "out/demo/backbone.pt", "--format", "points", "--out", "points.pth")
+    assert refused == (1, "", "error: out/demo/backbone.pt: holds no trained point encoder; export last.pt\n")
     assert not list(tmp_path.glob("points.*"))
 
     slow = ["--max-steps", 1, "--image-lr", 1e-12, "--point-lr", 1e-12]
@@ -468,6 +468,6 @@ def test_the_commands(run_script, scenes, tmp_path):
         if name.startswith(("img_backbone.", "pts_backbone.")) and name.endswith(("weight", "bias")):
             np.testing.assert_allclose(after[name], value, atol=1e-6)
 
-    done = run_script("simipu.py", *start, "--name", "new", "--init", "it.pth", "--init-pixels", "bgr_mean")
-    assert done.returncode == 1 and done.stderr == "error: --init-pixels bgr_mean: it.pth itself says RGB, std 0.229, 0.224, 0.225\n"
+    refused = run_here(simipu, *start, "--name", "new", "--init", "it.pth", "--init-pixels", "bgr_mean")
+    assert refused == (1, "", "error: --init-pixels bgr_mean: it.pth itself says RGB, std 0.229, 0.224, 0.225\n")
     assert not Path(tmp_path / "out" / "new").exists()
