@@ -36,9 +36,10 @@ def command_line(parse, run=lambda action: action()):
         text = text[: next((i for i, line in enumerate(text) if line.startswith("───")), None)]
         raise SystemExit("error: " + " ".join(text or said.getvalue().split())) from None
     try:
-        run(parsed)
+        return run(parsed)
     except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
-        raise SystemExit(f"error: {e}") from None
+        message = f"error: {e}"
+    raise SystemExit(message)  # out here, where nothing holds the loader any longer: its workers end by themselves
 
 
 def later(f):
@@ -163,22 +164,26 @@ def start_run(device="auto", seed=0):
 
 
 def catch_signals():
-    """From now on SIGTERM and Ctrl-C only fill the list returned, for the loop to leave when it is ready. The second one kills."""
+    """From now on SIGTERM and Ctrl-C only fill the list returned, for the loop to leave when it is ready. One that comes seconds
+    later kills; at once, it is the same one again: a scheduler signals every process, and torchrun passes it on to its own."""
     caught = []
 
     def handler(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if caught and time.monotonic() > caught[0] + 3:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        caught.append(time.monotonic())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
     return caught
 
 
-def leave_ctrl_c_to_parent(_):
-    """For DataLoader workers: Ctrl-C reaches the whole group of processes, and the parent still wants its batch. (SIGTERM must stay:
-    it is how Python ends workers that are left over at its exit, and it would wait for deaf ones forever.)"""
+def leave_signals_to_parent(_):
+    """For DataLoader workers: Ctrl-C and a scheduler's SIGTERM reach every process, and the parent still wants its batch. But SIGTERM is
+    also how Python ends workers that are left over at its exit, and then it waits for them: so they leave, ten seconds later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def cut_log(path, step):

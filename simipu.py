@@ -677,7 +677,7 @@ def train(c):
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, start, steps)
     loader = torch.utils.data.DataLoader(
         data.PretrainFrames(frames, c), batch_sampler=batches, collate_fn=data.collate, num_workers=c.workers,
-        worker_init_fn=runtime.leave_ctrl_c_to_parent, pin_memory=run.device.type == "cuda", prefetch_factor=4 if c.workers else None,
+        worker_init_fn=runtime.leave_signals_to_parent, pin_memory=run.device.type == "cuda", prefetch_factor=4 if c.workers else None,
     )  # fmt: skip
     stream = iter(loader)
 
