@@ -3,26 +3,24 @@
     python ablate.py --seeds 0 1 2 --jobs 2                                        # on the demo's built-in scenes
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
 
-Flags that are not this script's own go to simipu.py. Every run is `simipu.py demo FLAGS VARIANT --seed S`, in out/NAME/VARIANT/SEED, and is left alone if it has been finished before;
-so a table that was interrupted goes on where it stopped. The table, in Markdown: mean over seeds, and their range, of the last
-step's matching (eval.py says what the figures are); no run and no step is picked. `random` is the untrained network.
+Flags that are not this script's own go to simipu.py. Every run is `simipu.py demo FLAGS VARIANT --seed S`, in out/NAME/VARIANT/SEED,
+and is left alone if it has been finished before with the same flags; so a table that was interrupted goes on where it stopped. The
+table, in Markdown: mean over seeds, and their range, of the last step's matching (eval.py says what the figures are); no run and no
+step is picked. `random` is the untrained network. --gather-negatives needs several processes; groups of 8 ask the same question.
 """
 
-import json
+import dataclasses
 import os
 import re
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from tqdm import tqdm
 
-import data
 import eval as evaluate
 import runtime
 import simipu
@@ -50,11 +48,16 @@ def parse(arguments):
     return tyro.extras.overridable_config_cli(simipu.PRESETS, args=arguments)
 
 
-def judged(folder, steps):
-    """The last step's matching of a run, None if it is not there yet."""
-    path = folder / "log.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return next((line["match"] for line in lines if line["step"] == steps and "match" in line), None)
+def judged(folder, c):
+    """The last step's matching of a run, None if it is not there yet. Raises BadInput if it was another run."""
+    log = runtime.read_log(folder / "log.jsonl")
+    found = next((line["match"] for line in log if line["step"] == c.max_steps and "match" in line), None)
+    free = simipu.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames"}
+    wanted, had = runtime.as_json(c, without=free), next((line["config"] for line in reversed(log) if "config" in line), {})
+    differ = [f"{k}={had.get(k)}, not {v}" for k, v in wanted.items() if had.get(k) != v]
+    if found and differ:
+        raise BadInput(f"{folder}: made with {'; '.join(differ)}; give another --name, or delete it")
+    return found
 
 
 def cell(values, scale=1.0):
@@ -68,7 +71,7 @@ def row(name, found):
     return f"| {name} | " + " | ".join(cell([f.get(k) for f in found], scale) for k, scale in keys) + " |"
 
 
-@dataclass
+@dataclasses.dataclass
 class Options:
     """One flag changed at a time, several seeds each: a table of matching on frames never trained on. Further flags go to simipu.py."""
 
@@ -98,20 +101,26 @@ def ablate(options, flags, base):
         raise BadInput(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
     variants = {v: VARIANTS[v] for v in only or VARIANTS}
 
+    where = runtime.start_run(base.device)
+    if not base.max_steps:
+        raise BadInput("--max-steps 0: an ablation needs the same number of steps for all")
+    if base.data_root != simipu.PRESETS["demo"][1].data_root:
+        base.synthetic_frames, flags = 0, [*flags, "--synthetic-frames", "0"]  # real data that are not there are an error
+    frames, held_out, note = simipu.load_frames(base, where)  # the scenes are written once, before jobs look for them
+
     def run(job):
         variant, seed = job
-        folder = Path("out", name, re.sub(r"\W+", "_", variant), str(seed))
-        arguments = ["demo", *flags, *shlex.split(variants[variant]), "--seed", str(seed), "--name", str(folder.relative_to("out"))]
+        folder = Path(base.out, name, re.sub(r"\W+", "_", variant), str(seed))
+        arguments = ["demo", *flags, *shlex.split(variants[variant]), "--seed", str(seed), "--name", str(folder.relative_to(base.out))]
+        steps = base.max_steps * base.batch_size // parse(arguments).batch_size  # other batches see as many frames
+        arguments += ["--max-steps", str(steps)]
         c = parse(arguments)
-        if c.batch_size > base.batch_size:  # larger batches see as many frames, in fewer steps
-            arguments += ["--max-steps", str(base.max_steps * base.batch_size // c.batch_size)]
-            c = parse(arguments)
-        found = judged(folder, c.max_steps)
+        found = judged(folder, c)
         if found is None:
             threads = str(max(1, (os.cpu_count() or 1) // jobs))
             command = [sys.executable, str(Path(simipu.__file__)), *arguments]
             done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads, **os.environ})
-            found = judged(folder, c.max_steps)
+            found = judged(folder, c)
             if done.returncode or found is None:
                 lines = done.stderr.strip().splitlines()
                 raise BadInput(f"{shlex.join(arguments)}: {lines[-1] if lines else 'ended without being judged; --eval-splits?'}")
@@ -121,17 +130,11 @@ def ablate(options, flags, base):
     with ThreadPoolExecutor(jobs) as pool:
         found = dict(tqdm(pool.map(run, work), total=len(work), dynamic_ncols=True))
 
-    frames = [f for root in base.data_root for f in data.find_frames(root, base.splits, base.frame_stride, base.skip_missing)]
-    held_out, note = data.find_held_out(base, frames)
     print(f"{len(frames)} frames, {base.max_steps} steps of {base.batch_size}, judged on {len(held_out)} others; mean (range) over seeds {' '.join(map(str, seeds))}")
     print(note or "", end="\n" if note else "")
     print("| | rank, right image, % | rank, another's, % | gap, points | top1, % | excess | rank, other view, % | top1, % |")
     print("|---|---|---|---|---|---|---|---|")
-    untrained = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        untrained.append(evaluate.match(simipu.SimIPU(base), held_out, base, "cpu"))
-    print(row("random", untrained))
+    print(row("random", [evaluate.match_random(dataclasses.replace(base, seed=seed), held_out, where.device) for seed in seeds]))
     for variant in variants:
         print(row(f"{variant} `{variants[variant]}`" if variants[variant] else variant, [found[variant, seed] for seed in seeds]))
 

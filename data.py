@@ -97,11 +97,11 @@ def file_errors(frame):
 def find_held_out(c, frames):
     """The frames of --eval-splits (`c` is simipu.Config), none of them among `frames`, which are trained on. -> frames, a note to
     print or None. Raises BadInput as `find_frames`, for frames that are trained on, and for fewer than two."""
-    if not c.eval_splits:
+    if not (c.eval_splits or c.eval_root):
         return [], None
-    held_out = [f for root in c.eval_root or c.data_root for f in find_frames(root, c.eval_splits, 1, c.skip_missing)]
+    held_out = [f for root in c.eval_root or c.data_root for f in find_frames(root, c.eval_splits, c.frame_stride, c.skip_missing)]
     held_out = held_out[:: max(1, -(-len(held_out) // c.eval_frames))]
-    splits = f"--eval-splits {' '.join(c.eval_splits)}"
+    splits = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     seen = sorted(set(inventory(frames)) & set(inventory(held_out)))
     if seen:
         raise BadInput(f"{splits}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
@@ -165,9 +165,9 @@ def inventory(frames):
     return [f"{f.name} {f.image.stat().st_size} {f.cloud.stat().st_size}" for f in frames]
 
 
-def fingerprint(frames):
-    """A short hash of which frames, of which sizes, in which order: the same is the same run."""
-    return hashlib.sha256("\n".join(inventory(frames)).encode()).hexdigest()[:16]
+def fingerprint(lines):
+    """A short hash of an inventory: which frames, of which sizes, in which order. The same is the same run."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _png_or_jpg(stem):
@@ -184,13 +184,16 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as e:  # Pillow answers a broken png with either
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow answers a broken png with either
         raise BadInput(f"{path}: not a readable image ({e})") from None
 
 
 def read_cloud(path):
     """float32 (N, 4): x, y, z in metres, reflectance."""
-    points = np.fromfile(path, np.float32)
+    try:
+        points = np.fromfile(path, np.float32)
+    except OSError as e:
+        raise BadInput(f"{path}: not readable ({e.strerror})") from None
     if points.size % 4 or not points.size:
         raise BadInput(f"{path}: truncated, {4 * points.size} bytes is no whole number of points")
     bad = (~np.isfinite(points.reshape(-1, 4))).any(1).sum()
@@ -357,7 +360,7 @@ class PretrainFrames(torch.utils.data.Dataset):
         epoch, index = key
         rng = np.random.default_rng([SAMPLE, self.c.seed, epoch, index])
         frame = self.frames[index]
-        if self.c.pairs == "wrong":
+        if self.c.pairs == "wrong" and len(self.frames) > 1:
             frame = dataclasses.replace(frame, image=self.frames[(index + rng.integers(1, len(self.frames))) % len(self.frames)].image)
         try:
             sample = load_frame(frame, self.c.num_points, rng)
@@ -389,6 +392,14 @@ def collate(samples):
 
 # -----------------------------------------------------------------------------
 # on the device
+
+
+def view(dataset, keys, box, device):
+    """Items of PretrainFrames as one augmented batch. Raises the BadInput that one of them is."""
+    batch = collate([dataset[key] for key in keys])
+    if isinstance(batch, BadInput):
+        raise batch
+    return augment(batch, box, device)
 
 
 def image_affine(size, box, flip, window):

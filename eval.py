@@ -44,26 +44,41 @@ FEW = 8  # the same, for pictures
 def load_run(path, device="cpu"):
     """A run's last.pt: the whole model, in eval mode, its Config, and all that the file says. Raises BadInput for any other file."""
     saved = runtime.read_checkpoint(path)
-    if not isinstance(saved, dict) or not {"model", "config", "step"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"model", "config", "step", "identity"} <= saved.keys():
         raise BadInput(f"{path}: not a last.pt of simipu.py")
     fields = {f.name for f in dataclasses.fields(simipu.Config)}
     c = simipu.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in fields})
     model = simipu.SimIPU(c)
-    model.load_state_dict(saved["model"])
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:  # a page of names
+        raise BadInput(f"{path}: its weights are not those of its config; made by another revision ({saved.get('git')})?") from None
     return model.to(device).eval(), c, saved
+
+
+def names_of(paths, taken=()):
+    """{name for a table: path}: a run's folder, or a file, with as much of the path before it as makes all of them different."""
+    tails = [p.parent.parts if p.name in ("last.pt", "backbone.pt") else p.parts for p in paths]
+    for length in range(1, max(map(len, tails), default=0) + 1):
+        names = ["/".join(t[-length:]) for t in tails]
+        if len({*names, *taken}) == len(names) + len(taken) and not any(n.isdigit() for n in names):
+            return dict(zip(names, paths))
+    return {str(p) if str(p) not in taken else f"{p} (2)": p for p in paths}
 
 
 def choose_frames(c, runs, data_root=(), splits=(), limit=0, frame_stride=1):
     """The frames to judge on, by default the run's own --eval-splits. -> frames, notes to print: what the runs, {name: contents of
     a last.pt}, were trained on is said. Raises BadInput for fewer than two."""
+    if limit < 0 or frame_stride < 1:
+        raise BadInput(f"--frames {limit} --frame-stride {frame_stride}: must be above 0")
+    if not (data_root or splits or c.eval_root or c.eval_splits):
+        raise BadInput("--data-root, --splits: the run has no --eval-splits, so say which frames to judge on")
     roots, splits = data_root or c.eval_root or c.data_root, splits or c.eval_splits
-    if not splits:
-        raise BadInput("--splits: the run has no --eval-splits, so say which frames to judge on")
     frames = [f for root in roots for f in data.find_frames(root, splits, frame_stride, c.skip_missing)]
     limit = limit or c.eval_frames
     frames = frames[:: max(1, -(-len(frames) // limit))]
     if len(frames) < 2:
-        raise BadInput(f"--splits {' '.join(splits)}: judging needs two frames or more, for the other frame's image")
+        raise BadInput(f"--data-root {' '.join(map(str, roots))}: {len(frames)} frames chosen; judging needs two or more, for the other frame's image")
     notes = []
     for name, saved in runs.items():
         seen = set(data.inventory(frames)) & set(saved.get("inventory", ()))
@@ -89,10 +104,7 @@ class Unseen:
         self.box, self.device = image_box(c), device
 
     def batch(self, indices):
-        batch = data.collate([self.frames[(0, i)] for i in indices])
-        if isinstance(batch, BadInput):
-            raise batch
-        return data.augment(batch, self.box, self.device)
+        return data.view(self.frames, [(0, i) for i in indices], self.box, self.device)
 
 
 @torch.no_grad()
@@ -131,32 +143,36 @@ def match(model, frames, c, device):
     the share of places whose true one is the best; _excess, mean cross-entropy less its chance level ln(candidates). `gap` is
     wrong_rank - right_rank, in points, and `gap_interval` its 95 % interval over frames (bootstrap). The same three for `intra`,
     against the matched places of the other view. A branch that the model lacks has no figures. Deterministic; one frame is held
-    at a time. The other image is that of a frame half the list away, for neighbours may be near copies.
+    at a time, two where images are swapped. The other image is that of a frame half the list away, for neighbours may be near copies.
     """
     unseen = Unseen(frames, c, device)
     few = range(min(len(frames), RECALIBRATE))
     model = recalibrated(model, (unseen.batch(few[i : i + c.group]) for i in range(0, len(few), c.group)), False)
 
-    half = -(-len(frames) // 2)
-    order = sorted(range(len(frames)), key=lambda i: (i % half, i))  # 0, half, 1, half + 1, ...: the frame before is half the list away
-    see = lambda batch: model.img_backbone(batch["image"].contiguous(memory_format=torch.channels_last))[-1]
-    other = see(unseen.batch([order[-1]])) if c.inter_weight else None
     found = {"right": {}, "wrong": {}, "intra": {}}
-    for i in order:
-        batch = unseen.batch([i])
+
+    def judge(i, batch, own, other):
         views = torch.cat([batch["alpha"], batch["beta"]]) if c.intra_weight else batch["alpha"]
         places, features = model.pts_backbone(views)
         if c.inter_weight:
             uv, depth = data.project(places[:1], batch["lidar2img"])
             seen = data.inside_image(uv, depth, *batch["image"].shape[:1:-1])[0]
-            query, own = model.mlp_cross_points(features[0][seen]), see(batch)
+            query = model.mlp_cross_points(features[0][seen])
             for which, feature_map in (("right", own), ("wrong", other)):
                 key = model.mlp_cross_img(ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0][seen])
                 found[which][i] = ranks(query, key, c.temperature)
-            other = own
         if c.intra_weight:
             partner = simipu.match_in_background(places[:1], places[1:], batch["T"], torch.ones(1, c.places), c.matching)()[0][0]
             found["intra"][i] = ranks(model.mlp_intro_points(features[0]), model.mlp_intro_points(features[1])[partner], c.temperature)
+
+    half = -(-len(frames) // 2)
+    for i in range(half):
+        pair = (i, (i + half) % len(frames))
+        batches = [unseen.batch([k]) for k in pair]
+        maps = [model.img_backbone(b["image"].contiguous(memory_format=torch.channels_last))[-1] if c.inter_weight else None for b in batches]
+        judge(pair[0], batches[0], maps[0], maps[1])
+        if pair[1] >= half:  # an odd one out was paired with frame 0, which has its own
+            judge(pair[1], batches[1], maps[1], maps[0])
 
     def median_rank(which, chosen):
         return torch.cat([found[which][i][0] for i in chosen]).median().item()
@@ -165,13 +181,19 @@ def match(model, frames, c, device):
     for which, per_frame in found.items():
         if per_frame:
             _, top1, excess = torch.cat(list(per_frame.values()), 1).mean(1).tolist()
-            out |= {f"{which}_rank": median_rank(which, order), f"{which}_top1": top1, f"{which}_excess": excess}
+            out |= {f"{which}_rank": median_rank(which, per_frame), f"{which}_top1": top1, f"{which}_excess": excess}
     if c.inter_weight:
         rng = np.random.default_rng(0)
         draws = [rng.integers(len(frames), size=len(frames)) for _ in range(200)]
         gaps = [median_rank("wrong", d) - median_rank("right", d) for d in draws]
         out |= {"gap": out["wrong_rank"] - out["right_rank"], "gap_interval": np.percentile(gaps, [2.5, 97.5]).tolist()}
     return {k: [round(x, 4) for x in v] if isinstance(v, list) else round(v, 4) for k, v in out.items()}
+
+
+def match_random(c, frames, device):
+    """`match` of a network that has not been trained: the run's own, at step 0."""
+    torch.manual_seed(c.seed)
+    return match(simipu.SimIPU(c).to(device), frames, c, device)
 
 
 def match_table(rows):
@@ -349,11 +371,6 @@ def probe_table(rows):
 # commands
 
 
-def name_of(path):
-    """What a table calls a checkpoint: its run's folder, or its file."""
-    return path.parent.name if path.name in ("last.pt", "backbone.pt") else path.name
-
-
 def match_command(
     checkpoints: tyro.conf.Positional[tuple[Path, ...]],
     control: Path | None = None,
@@ -377,19 +394,22 @@ def match_command(
     if not checkpoints:
         raise BadInput("match: no checkpoint given")
     device = runtime.start_run(device).device
-    paths = {name_of(p) if sum(name_of(q) == name_of(p) for q in checkpoints) == 1 else str(p): p for p in checkpoints}
-    loaded = {name: load_run(path, device) for name, path in paths.items()}
-    first, c, saved = next(iter(loaded.values()))
-    chosen, notes = choose_frames(c, {name: run[2] for name, run in loaded.items()}, data_root, splits, frames, frame_stride)
+    loaded = {name: load_run(path, device) for name, path in names_of(checkpoints, ("random", "wrong pairs")).items()}
+    _, c, saved = next(iter(loaded.values()))
     if control:
         loaded = {"wrong pairs": load_run(control, device)} | loaded
+    chosen, notes = choose_frames(c, {name: run[2] for name, run in loaded.items()}, data_root, splits, frames, frame_stride)
+    for name, (_, other, _) in loaded.items():
+        differ = [field for field in ("places", "num_points", "image_scale") if getattr(other, field) != getattr(c, field)]
+        if differ:
+            notes.append(f"note: {name} is judged with its own {', '.join(differ)}, others than the first run's")
+    if control:
         _, wrong, budget = loaded["wrong pairs"]
         if wrong.pairs != "wrong":
             raise BadInput(f"--control {control}: that run was not trained with --pairs wrong")
         if budget["step"] * wrong.batch_size != saved["step"] * c.batch_size:
             notes.append(f"note: the control has seen {budget['step'] * wrong.batch_size} frames, the first run {saved['step'] * c.batch_size}")
-    torch.manual_seed(c.seed)
-    rows = {"random": match(simipu.SimIPU(c).to(device), chosen, c, device)}
+    rows = {"random": match_random(c, chosen, device)}
     rows |= {name: match(model, chosen, c, device) for name, (model, c, _) in loaded.items()}
     print("\n".join(notes + match_table(rows)))
 
@@ -422,15 +442,20 @@ def probe_command(
     model, c, saved = load_run(checkpoint, device)
     if not c.inter_weight:
         raise BadInput(f"{checkpoint}: trained without an image encoder (--inter-weight 0)")
-    chosen, notes = choose_frames(c, {name_of(checkpoint): saved}, data_root, splits, frames, frame_stride)
+    names = names_of([checkpoint, *also], ("position", "random"))
+    files = {name: saved if path == checkpoint else runtime.read_checkpoint(path) for name, path in names.items()}
+    runs = {name: file for name, file in files.items() if isinstance(file, dict) and "inventory" in file}
+    chosen, notes = choose_frames(c, runs, data_root, splits, frames, frame_stride)
+    if points < 1:
+        raise BadInput(f"--points {points}: must be above 0")
     if len(chosen) < 3:
         raise BadInput(f"--frames {len(chosen)}: probing needs three frames or more, to fit, to choose the ridge's strength, and to score")
     torch.manual_seed(c.seed)
-    encoders = {name_of(checkpoint): model.img_backbone, "random": simipu.build_image_encoder(c.image_encoder).to(device)}
-    for path in also:
-        encoder = simipu.build_image_encoder(c.image_encoder)
-        notes.append(weights.load_image_encoder(encoder, path))
-        encoders[name_of(path) if name_of(path) not in encoders else str(path)] = encoder.to(device)
+    encoders = {next(iter(names)): model.img_backbone, "random": simipu.build_image_encoder(c.image_encoder).to(device)}
+    for name, path in list(names.items())[1:]:
+        encoders[name] = simipu.build_image_encoder(c.image_encoder)
+        notes.append(weights.load_image_encoder(encoders[name], path))
+        encoders[name].to(device)
     rows = probe(encoders, chosen, c, device, points, stage)
     print("\n".join([*notes, f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each", *probe_table(rows)]))
 
@@ -475,7 +500,10 @@ def show(
         raise BadInput("--point and --pixel: give one of them")
     model, c, _ = load_run(checkpoint)
     run = runtime.start_run(device, seed)
-    roots, splits = [data_root] if data_root else c.data_root, [split] if split else c.eval_splits or c.splits
+    judged = c.eval_root or c.data_root if c.eval_splits or c.eval_root else c.data_root
+    roots, splits = [data_root] if data_root else judged, [split] if split else c.eval_splits or c.splits
+    if seed < 0:
+        raise BadInput(f"--seed {seed}: must be 0 or more")
     frames = [f for root in roots for f in data.find_frames(root, splits, c.frame_stride, c.skip_missing)]
     index = find_frame(frames, frame)
     few = [i % len(frames) for i in range(index, index + min(len(frames), FEW))]  # as `match` does, from fewer frames
@@ -483,7 +511,7 @@ def show(
     model = recalibrated(model.to(run.device), (unseen.batch(few[k : k + c.group]) for k in range(0, len(few), c.group)), False)
 
     # as training sees it, and as it is judged
-    sample = data.PretrainFrames(frames, dataclasses.replace(c, seed=seed))[(0, index)]
+    sample = data.PretrainFrames(frames, dataclasses.replace(c, seed=seed, pairs="true"))[(0, index)]
     if isinstance(sample, BadInput):
         raise sample
     box = data.random_image_scale(c.image_scale, seed, 0)
@@ -495,7 +523,10 @@ def show(
     # nothing was written so far: wrong input leaves no trace
     name = frames[index].name
     folder = out or checkpoint.parent / "show" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {folder}: {e.strerror}") from None
     pairs = functools.partial(simipu.match_places, method=c.matching)
     old, new = sample["image"].shape[1::-1], trained_on["image"].shape[:1:-1]
     scale = min(b / o for b, o in zip(box, old))

@@ -7,7 +7,6 @@ what they measure on the way comes back as a line of text.
 """
 
 import copy
-import json
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from scipy.spatial import cKDTree
 
 import data
 import ops_triton as ops
+import runtime
 
 STEP = 8  # pixels between image features in a picture; between them colours are interpolated
 FAR = 50.0  # metres; depth colours end here
@@ -68,7 +68,7 @@ def _from_above(axis, title, left=True):
 def draw_curves(log_path, path):
     """Losses with their chance levels, top-1, mean cosines and, if the run was judged more than once, matching on unseen frames,
     from log.jsonl to a PNG."""
-    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    lines = runtime.read_log(log_path)
     log, judged = ([line for line in lines if key in line] for key in ("lr", "match"))
     if not log:  # a finished run whose log was deleted
         return

@@ -153,8 +153,8 @@ def start_run(device="auto", seed=0):
         torch.cuda.set_device(local)
     control = None
     if world > 1:
-        # torchrun --max-restarts may start processes again with the store of the last attempt (torch 2.13 with --standalone does), where
-        # they would find the addresses of the dead: each attempt has names of its own
+        # torchrun --max-restarts starts processes again with the store of the last attempt (seen with --standalone, torch 2.13), in which
+        # gloo finds the addresses of the dead: each attempt has names of its own
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
@@ -186,13 +186,18 @@ def leave_signals_to_parent(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
-def cut_log(path, step):
-    """Leave only the lines up to `step` of a log.jsonl, whose last line may be torn: a killed run has written past its checkpoint."""
-    kept = []
+def read_log(path):
+    """The lines of a log.jsonl, [] without one. A killed run may have left the last one torn."""
+    lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            lines.append(json.loads(line))
+    return lines
+
+
+def cut_log(path, step):
+    """Leave only the lines up to `step` of a log.jsonl, none for step 0: a killed run has written past its checkpoint."""
+    kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step and step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
@@ -229,6 +234,14 @@ def read_checkpoint(path):
         raise BadInput(f"{path}: no such file") from None
     except Exception as e:  # torch.load answers a broken file with half a dozen types
         raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__})") from None
+
+
+def check_range(c, flags, low, high, what, rising=False):
+    """Raises BadInput, saying `what` the values must be, for the first of the `flags`, fields of c, with one outside [low, high]."""
+    for flag in flags.split():
+        values = getattr(c, flag) if isinstance(getattr(c, flag), tuple) else (getattr(c, flag),)
+        if not all(low <= v <= high for v in values) or (rising and list(values) != sorted(values)):
+            raise BadInput(f"--{flag.replace('_', '-')} {' '.join(map(str, values))}: must be {what}")
 
 
 def as_json(c, without=()):

@@ -574,6 +574,8 @@ class SimIPU(nn.Module):
 
         # Eq. 7: a place and its pixel have alike features. The point encoder only teaches: its gradient is cropped.
         if c.inter_weight:
+            if len(visible_rows) < 2:
+                raise BadInput(f"{len(visible_rows)} places of a forward pass lie in its images: wrong calibration, or too much of --crop and --shift")
             f_gamma = ops.bilinear_sample(feature_map, uv / self.img_backbone.stride).flatten(0, 1)[visible_rows]  # (n, C)
             f_gamma = self.mlp_cross_img(f_gamma)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
@@ -590,9 +592,7 @@ def build_optimizers(model, c):
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     points = [p for name, p in learns.items() if name.startswith("pts_backbone.")]
     others = [p for name, p in learns.items() if not name.startswith("pts_backbone.")]
-    optimizers = []
-    if points:
-        optimizers.append(torch.optim.AdamW(points, c.point_lr, betas=(0.95, 0.99), weight_decay=0.01))
+    optimizers = [torch.optim.AdamW(points, c.point_lr, betas=(0.95, 0.99), weight_decay=0.01)] if points else []
     if c.image_optimizer == "sgd":
         optimizers.append(torch.optim.SGD(others, c.image_lr, momentum=0.9, weight_decay=1e-4))
     else:
@@ -608,7 +608,7 @@ def build_optimizers(model, c):
 
 def load_frames(c, run):
     """The frames of all roots; the built-in scenes are written first where a preset asks for them. -> frames, held-out frames, a note."""
-    if c.synthetic_frames and not Path(c.data_root[0]).exists() and run.main:
+    if c.synthetic_frames and c.data_root and not Path(c.data_root[0]).exists() and run.main:
         import synthetic
 
         synthetic.write_dataset(c.data_root[0], frames=c.synthetic_frames)
@@ -622,13 +622,11 @@ def check_config(c, world):
     group = min(c.group, c.batch_size // world)
     if group < 1 or c.batch_size % (group * world):
         raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
-    above_0 = ("places", "epochs", "log_every", "save_every", "frame_stride", "temperature", "eval_frames", "image_lr", "point_lr")
-    limits = {"crop": (0.2, 5.0), "shift": (0.0, 1.0), "jitter": (0.0, 1.0), "scale": (0.2, 5.0), "flip": (0.0, 1.0)}
-    for flag, (low, high) in (limits | dict.fromkeys(above_0, (1e-12, math.inf))).items():
-        values = np.atleast_1d(getattr(c, flag))
-        if not all(low <= v <= high for v in values) or (flag in ("crop", "scale") and values[0] > values[1]):
-            what = "above 0" if flag in above_0 else f"from {low:g} to {high:g}, the smaller first"
-            raise BadInput(f"--{flag.replace('_', '-')} {' '.join(map(str, values))}: must be {what}")
+    above_0 = "places epochs log_every save_every frame_stride temperature eval_frames image_lr point_lr point_hidden image_hidden embed_dim"
+    runtime.check_range(c, above_0, 1e-300, 1e300, "above 0")
+    runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames intra_weight inter_weight", 0, 1e300, "0 or more")
+    runtime.check_range(c, "shift jitter flip", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
     if len(c.image_scale) not in (2, 4) or min(c.image_scale) < 32 or any(a > b for a, b in zip(c.image_scale, c.image_scale[2:])):
@@ -660,7 +658,8 @@ def train(c):
     if len(frames) < max(c.batch_size, 2):
         raise BadInput(f"--batch-size {c.batch_size}: the {len(frames)} frames found are too few")
     folder = Path(c.out) / c.name
-    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(frames)}
+    inventory = data.inventory(frames)
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
     start = runtime.resume(folder / "last.pt", identity, model, optimizers)
     if run.any(start > 0) and not start:
         raise BadInput(f"{folder}/last.pt: some processes see it and some do not; --out must be on a disk that all nodes share")
@@ -701,7 +700,7 @@ def train(c):
         if not run.main:
             return
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "identity": identity}
-        seen = {"inventory": data.inventory(frames), "drives": sorted({f.drive for f in frames if f.drive})}  # for eval.py: not to be judged on
+        seen = {"inventory": inventory, "drives": sorted({f.drive for f in frames if f.drive})}  # for eval.py: not to be judged on
         runtime.save_atomically(state | about | seen, folder / "last.pt")
         if c.inter_weight:
             pixels = {"mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB"}
@@ -748,19 +747,21 @@ def train(c):
         # losses must be finite: the step before's are known without waiting for the GPU, this one's must be before anything is written
         stopping = run.any(bool(asked_to_stop))
         saving = done % c.save_every == 0 or done == steps or stopping
-        due = [u for u in unchecked if report or saving or u[0] < done]
+        judging = held_out and (done == steps or (c.eval_every and done % c.eval_every == 0 and not stopping))
+        due = [u for u in unchecked if report or saving or judging or u[0] < done]
         unchecked = unchecked[len(due) :]
-        broken = [(at, frames[i].name) for at, index, loss in due if not math.isfinite(loss) for i in index.tolist()]
+        sound = not saving or all(p.isfinite().all() for p in owned)  # a finite loss may have had a gradient that was not
+        broken = [(at, frames[i].name) for at, index, loss in due if not (math.isfinite(loss) and sound) for i in index.tolist()]
         if run.any(bool(broken)):
             at, names = (sorted({row[i] for row in run.gather(broken)}) for i in (0, 1))
-            run.fail(f"step {at[0]}: the loss is not finite; frames {', '.join(names)}; the last good checkpoint, if there is one, stays in {folder}/")
+            run.fail(f"step {at[0]}: the loss or its gradient is not finite; frames {', '.join(names)}; the last good checkpoint, if there is one, stays in {folder}/")
 
         # once in a while: write how it goes, judge, save
         if report:
             stats = run.mean(stats)  # of the last pass
             log({"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [g["lr"] for g in groups], **clock.read(c.batch_size)})
             bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
-        if held_out and (done == steps or (c.eval_every and done % c.eval_every == 0)):
+        if judging:
             judged = evaluate.match(model, held_out, c, run.device)  # on every rank: recalibrating batch norm talks to the others
             log({"step": done, "match": judged})
             clock = runtime.Clock()
@@ -779,13 +780,11 @@ def finish(model, c, run, frames, held_out, folder, judged):
 
     if run.main:
         pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
-        view = data.augment(data.collate([data.PretrainFrames(frames, c)[(0, 0)]]), evaluate.image_box(c), run.device)
+        view = data.view(data.PretrainFrames(frames, c), [(0, 0)], evaluate.image_box(c), run.device)
         pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out:
-        torch.manual_seed(c.seed)
-        rows = {"random": evaluate.match(SimIPU(c).to(run.device), held_out, c, run.device)}
-        rows["trained"] = judged or evaluate.match(model, held_out, c, run.device)
+        rows = {"random": evaluate.match_random(c, held_out, run.device), "trained": judged or evaluate.match(model, held_out, c, run.device)}
         if run.main:
             print("\n" + "\n".join(evaluate.match_table(rows)))
 

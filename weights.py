@@ -236,13 +236,13 @@ def export(checkpoint: Path, /, *, format: Literal["torchvision", "timm", "mmdet
         out: the file to write; FILE.pth has FILE.json beside it.
     """
     saved = runtime.read_checkpoint(checkpoint)
-    if isinstance(saved, dict) and {"model", "config"} <= saved.keys():
+    if isinstance(saved, dict) and {"model", "config", "step", "identity"} <= saved.keys():
         config, part = saved["config"], lambda p: {k[len(p) :]: v for k, v in saved["model"].items() if k.startswith(p)}
         image, points = part("img_backbone."), part("pts_backbone.")
         about = {"arch": config["image_encoder"], "mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB"}
         if not (config["intra_weight"] or config.get("init_points")):
             points = {}  # neither trained nor loaded
-    elif isinstance(saved, dict) and {"state_dict", "arch", "mean", "std", "channels"} <= saved.keys():
+    elif isinstance(saved, dict) and {"state_dict", "arch", "mean", "std", "channels", "step"} <= saved.keys():
         config, image, points = {}, saved["state_dict"], {}
         about = {k: saved[k] for k in ("arch", "mean", "std", "channels")}
     else:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ class Seer(torch.nn.Module):
 
     def __init__(self, c, sees):
         super().__init__()
-        self.c, self.sees, self.frames = c, sees, {}
+        self.c, self.sees, self.frames, self.clouds = c, sees, {}, {}
         self.mlp_cross_points = self.mlp_cross_img = torch.nn.Identity()
         self.img_backbone = lambda image: self.see(image)
         self.img_backbone.stride = 4
@@ -69,8 +70,9 @@ class Seer(torch.nn.Module):
 
     def pts_backbone(self, views):
         places = views[:, : self.c.places, :3]
-        uv, _ = data.project(places, self.now["lidar2img"])
-        return places, self.answer(uv, self.frames[key(self.now["image"][0])])
+        lidar2img, frame = self.clouds[tuple(views[0, 0].tolist())]
+        uv, _ = data.project(places, lidar2img)
+        return places, self.answer(uv, frame)
 
     def forward(self, batch, report=True): ...
 
@@ -85,10 +87,11 @@ def test_only_what_is_seen_in_the_image_makes_a_gap(scenes, monkeypatch, sees):
     real = evaluate.Unseen.batch
 
     def batch(self, indices):
-        seer.now = real(self, indices)
+        out = real(self, indices)
         for k, i in enumerate(indices):
-            seer.frames[key(seer.now["image"][k])] = i
-        return seer.now
+            seer.frames[key(out["image"][k])] = i
+            seer.clouds[tuple(out["alpha"][k, 0].tolist())] = out["lidar2img"][k : k + 1], i
+        return out
 
     monkeypatch.setattr(evaluate.Unseen, "batch", batch)
     monkeypatch.setattr(evaluate, "recalibrated", lambda model, inputs, *a: (list(inputs), model)[1])
@@ -127,6 +130,17 @@ def test_match_command(run_script, run_here, runs, scenes, tmp_path):
     assert f"{expected['right_rank']:.1f} %" in lines[-1] and f"{expected['wrong_rank']:.1f} %" in lines[-1]
     status, out, _ = run_here(evaluate, "match", true, "--splits", "trainval")
     assert status == 0 and "note: true was trained on 6 of these 8 frames: its figures will flatter" in out
+    status, out, _ = run_here(evaluate, "match", true, true.parent / ".." / "true" / "last.pt", "--control", wrong, "--splits", "train")
+    assert status == 0 and "note: wrong pairs was trained on 6 of these 6 frames" in out and len(out.splitlines()) == 3 + 2 + 4
+
+
+def test_names_in_tables():
+    """As short as they can be and still be different from each other, and from the rows that are always there."""
+    paths = [Path(p) for p in ("out/a/last.pt", "out/b/backbone.pt", "out/random/last.pt", "x/imagenet.pth")]
+    assert list(evaluate.names_of(paths)) == ["a", "b", "random", "imagenet.pth"]
+    assert list(evaluate.names_of(paths, ["random"])) == ["out/a", "out/b", "out/random", "x/imagenet.pth"]
+    assert list(evaluate.names_of([Path("out/SimIPU/0/last.pt"), Path("out/SimIPU/1/last.pt")])) == ["SimIPU/0", "SimIPU/1"]
+    assert list(evaluate.names_of([Path("random")], ["random"])) == ["random (2)"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +148,12 @@ def test_match_command(run_script, run_here, runs, scenes, tmp_path):
     [
         (["match", "nowhere.pt"], "nowhere.pt: no such file"),
         (["match", "TRUE", "--control", "TRUE"], "was not trained with --pairs wrong"),
-        (["match", "TRUE", "--frames", "1"], "two frames or more"),
+        (["match", "TRUE", "--frames", "1"], "1 frames chosen; judging needs two or more"),
+        (["match", "TRUE", "--frames", "-5"], "--frames -5"),
+        (["match", "TRUE", "--frame-stride", "0"], "--frame-stride 0"),
+        (["match", "ODD"], "not a last.pt"),
+        (["probe", "TRUE", "--splits", "trainval", "--points", "0"], "--points 0"),
+        (["show", "TRUE", "--seed", "-1"], "--seed -1"),
         (["match", "TRUE", "--splits", "nonsense"], "nonsense.txt: missing"),
         (["match", "BACKBONE"], "not a last.pt"),
         (["probe", "TRUE", "--frames", "2"], "probing needs three frames or more"),
@@ -145,7 +164,9 @@ def test_match_command(run_script, run_here, runs, scenes, tmp_path):
     ],
 )
 def test_commands_that_cannot_work(run_here, runs, arguments, says):
-    names = {"TRUE": runs[0], "BACKBONE": runs[0].with_name("backbone.pt")}
+    odd = runs[0].with_name("odd.pt")
+    torch.save({"model": {}, "config": None}, odd)  # as somebody else's code may write it
+    names = {"TRUE": runs[0], "BACKBONE": runs[0].with_name("backbone.pt"), "ODD": odd}
     status, out, err = run_here(evaluate, *(names.get(a, a) for a in arguments))
     assert status == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, (out, err)
 
@@ -254,6 +275,16 @@ def test_ablation_table(run_here, scenes, tmp_path):
     before = (tmp_path / "out" / "t" / "SimIPU" / "0" / "log.jsonl").stat().st_mtime
     assert run_here(ablate, "--seeds", 0, 1, *arguments)[1] == out
     assert (tmp_path / "out" / "t" / "SimIPU" / "0" / "log.jsonl").stat().st_mtime == before
+
+
+def test_ablations_do_not_mix(run_here, run_script, scenes, tmp_path):
+    """A finished run with other flags is refused by naming them; a bad argument is one line."""
+    start = ["--name", "u", "--only", "SimIPU", "--seeds", 0, "--data-root", scenes, *SMALL, "--max-steps", 1, "--workers", 0]
+    assert run_here(ablate, *start)[0] == 0
+    status, _, err = run_here(ablate, *start, "--image-lr", 0.01)
+    assert status == 1 and "image_lr=0.001, not 0.01; give another --name" in err
+    done = run_script("ablate.py", "--seeds", "x")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--seeds" in done.stderr
 
 
 def test_ablations_that_cannot_work(run_here, scenes):
