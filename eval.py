@@ -354,16 +354,16 @@ def probe(encoders, frames, c, device, points=512, stage=0):
 
 def probe_table(rows):
     """Lines of text for the result of `probe`."""
-    width = max(map(len, rows))
-    lines = [f"{'R^2 of log-depth (95 %)':<{width}}   {'all points':^22} {'over position':^24} {'off the ground':^22} {'over position':^24}"]
+    width = max(23, *map(len, rows))
+    titles = ("all points", "over position", "off the ground", "over position")
+    lines = [f"{'R^2 of log-depth (95 %)':<{width}}  " + "".join(f"{t:<26}" for t in titles).rstrip()]
     for name, r in rows.items():
         cells = []
         for subset in ("all", "off_ground"):
-            low, high = r[f"{subset}_interval"]
-            cells.append(f"{f'{r[subset]:.3f} ({low:.3f} to {high:.3f})':^22}")
-            (low, high), gain = r[f"{subset}_gain_interval"], r[f"{subset}_gain"]
-            cells.append(f"{'-' if name == 'position' else f'{gain:+.3f} ({low:+.3f} to {high:+.3f})':^24}")
-        lines.append(f"{name:<{width}}   {' '.join(cells)}")
+            for key, sign in ((subset, ""), (subset + "_gain", "+")):
+                low, high = r[key + "_interval"]
+                cells.append(f"{r[key]:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" if r is not rows["position"] or not sign else "-")
+        lines.append(f"{name:<{width}}  " + "".join(f"{c:<26}" for c in cells).rstrip())
     return lines
 
 
