@@ -175,7 +175,7 @@ PRESETS = {
         Config(
             data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",), num_points=4096, workers=1,
             image_scale=(512, 160), image_encoder="resnet18", places=128, point_hidden=256, image_hidden=512,
-            batch_size=4, epochs=1000, max_steps=140, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=35,
+            batch_size=4, epochs=1000, max_steps=140, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=35, eval_every=35,
         ),
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config(eval_splits=("val",), eval_every=1000)),
