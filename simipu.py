@@ -623,8 +623,8 @@ def check_config(c, world):
     if group < 1 or c.batch_size % (group * world):
         raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
     above_0 = "places epochs log_every save_every frame_stride temperature eval_frames image_lr point_lr point_hidden image_hidden embed_dim"
-    runtime.check_range(c, above_0, 1e-300, 1e300, "above 0")
-    runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames intra_weight inter_weight", 0, 1e300, "0 or more")
+    runtime.check_range(c, above_0, 1e-30, 1e30, "above 0")
+    runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames intra_weight inter_weight", 0, 1e30, "0 or more")
     runtime.check_range(c, "shift jitter flip", 0, 1, "from 0 to 1")
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:

@@ -51,6 +51,12 @@ def raw_drive(scenes, tmp_path_factory):
     return date.parent
 
 
+@pytest.fixture(autouse=True)
+def in_repo():
+    """Every test starts where the repository is, wherever the last one left off."""
+    os.chdir(REPO)
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("simipu.py", "demo", ..., processes=2): a script of the repo as a user starts it, in an empty folder."""

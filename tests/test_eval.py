@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,12 @@ TINY = replace(simipu.PRESETS["demo"][1], places=32, num_points=512, image_scale
 def runs(scenes, tmp_path_factory):
     """last.pt of a run on the built-in scenes, and of one on wrong pairs."""
     out = tmp_path_factory.mktemp("runs")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for name in ("true", "wrong"):
         c = replace(TINY, data_root=(str(scenes),), out=str(out), name=name, pairs=name, max_steps=2, workers=0, eval_splits=("val",), synthetic_frames=0)
         simipu.train(c)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return out / "true" / "last.pt", out / "wrong" / "last.pt"
 
 
