@@ -54,9 +54,9 @@ def judged(folder, c):
     found = next((line["match"] for line in log if line["step"] == c.max_steps and "match" in line), None)
     free = simipu.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames"}
     wanted, had = runtime.as_json(c, without=free), next((line["config"] for line in reversed(log) if "config" in line), {})
-    differ = [f"{k}={had.get(k)}, not {v}" for k, v in wanted.items() if had.get(k) != v]
+    differ = runtime.differences(had, wanted)
     if found and differ:
-        raise BadInput(f"{folder}: made with {'; '.join(differ)}; give another --name, or delete it")
+        raise BadInput(f"{folder}: made with {differ}; give another --name, or delete it")
     return found
 
 

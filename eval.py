@@ -106,6 +106,11 @@ class Unseen:
     def batch(self, indices):
         return data.view(self.frames, [(0, i) for i in indices], self.box, self.device)
 
+    def groups(self, indices):
+        """Batches as training makes them, for batch norm."""
+        group = self.frames.c.group
+        return (self.batch(indices[i : i + group]) for i in range(0, len(indices), group))
+
 
 @torch.no_grad()
 def recalibrated(model, inputs, *arguments):
@@ -147,7 +152,7 @@ def match(model, frames, c, device):
     """
     unseen = Unseen(frames, c, device)
     few = range(min(len(frames), RECALIBRATE))
-    model = recalibrated(model, (unseen.batch(few[i : i + c.group]) for i in range(0, len(few), c.group)), False)
+    model = recalibrated(model, unseen.groups(few), False)
 
     found = {"right": {}, "wrong": {}, "intra": {}}
 
@@ -323,7 +328,7 @@ def probe(encoders, frames, c, device, points=512, stage=0):
 
     columns = {"position": base}
     for k, (name, encoder) in enumerate(encoders.items()):
-        images = (unseen.batch(few[i : i + c.group])["image"].contiguous(memory_format=torch.channels_last) for i in range(0, len(few), c.group))
+        images = (batch["image"].contiguous(memory_format=torch.channels_last) for batch in unseen.groups(few))
         encoder = recalibrated(encoder, images)
         columns[name] = sampled(encoder, 0)
         if k == 0:
@@ -508,7 +513,7 @@ def show(
     index = find_frame(frames, frame)
     few = [i % len(frames) for i in range(index, index + min(len(frames), FEW))]  # as `match` does, from fewer frames
     unseen = Unseen(frames, c, run.device)
-    model = recalibrated(model.to(run.device), (unseen.batch(few[k : k + c.group]) for k in range(0, len(few), c.group)), False)
+    model = recalibrated(model.to(run.device), unseen.groups(few), False)
 
     # as training sees it, and as it is judged
     sample = data.PretrainFrames(frames, dataclasses.replace(c, seed=seed, pairs="true"))[(0, index)]

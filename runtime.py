@@ -249,6 +249,11 @@ def as_json(c, without=()):
     return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(c))).items() if k not in without}
 
 
+def differences(had, wanted):
+    """What a run that was made with `had` would have to differ in to be `wanted` (dicts), in words: "" for nothing."""
+    return "; ".join(f"{k}={had.get(k)}, not {v}" for k, v in wanted.items() if had.get(k) != v)
+
+
 def resume(path, identity, model, optimizers):
     """Steps done, 0 without a checkpoint. identity: all that must be as it was, or the run would be another experiment; raises
     BadInput naming what differs."""
@@ -257,9 +262,9 @@ def resume(path, identity, model, optimizers):
     saved = read_checkpoint(path)
     if not isinstance(saved, dict) or "identity" not in saved:
         raise BadInput(f"{path}: not a checkpoint of this program")
-    differ = [f"{k}={saved['identity'].get(k)}, not {v}" for k, v in identity.items() if saved["identity"].get(k) != v]
+    differ = differences(saved["identity"], identity)
     if differ:
-        raise BadInput(f"{path}: made with {'; '.join(differ)}; give another --name, or delete it")
+        raise BadInput(f"{path}: made with {differ}; give another --name, or delete it")
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
