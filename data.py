@@ -376,17 +376,21 @@ class PretrainFrames(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """Samples to one batch of tensors; images of different sizes share a canvas, `size` (B, 2) says (width, height) of each."""
+    """Samples to one batch of tensors; images of different sizes (and their depths) share a canvas, `size` (B, 2) says (width, height) of each."""
     for s in samples:
         if isinstance(s, BadInput):
             return s
     h, w = (max(s["image"].shape[axis] for s in samples) for axis in (0, 1))
-    image = np.zeros((len(samples), h, w, 3), np.uint8)
-    for canvas, s in zip(image, samples):
-        canvas[: s["image"].shape[0], : s["image"].shape[1]] = s["image"]
-    batch = {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0] if key != "image"}
-    batch["size"] = torch.tensor([s["image"].shape[1::-1] for s in samples])
-    batch["image"] = torch.from_numpy(image).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
+    batch = {"size": torch.tensor([s["image"].shape[1::-1] for s in samples])}
+    for key, first in samples[0].items():
+        if key in ("image", "depth"):
+            canvas = np.zeros((len(samples), h, w, *first.shape[2:]), first.dtype)
+            for part, s in zip(canvas, samples):
+                part[: s[key].shape[0], : s[key].shape[1]] = s[key]
+            batch[key] = torch.from_numpy(canvas)
+        else:
+            batch[key] = torch.from_numpy(np.stack([s[key] for s in samples]))
+    batch["image"] = batch["image"].permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
     return batch
 
 
@@ -419,25 +423,34 @@ def image_affine(size, box, flip, window):
     return mirror @ A, resized
 
 
-def warp_images(images, size, A, colour, out_size):
-    """Bilinear resampling by one affine an image. images (B, 3, H, W) uint8 on a shared canvas, size (B, 2) (width, height),
-    A (B, 3, 3) old pixels to new, colour (B, 3, 4) of `random_colour`, out_size (width, height) -> (B, 3, height, width) float32
-    normalised by ImageNet's mean and standard deviation; 0, the mean colour, outside the image."""
+def source_pixels(A, size, out_size, device):
+    """Where each pixel of the result comes from. A (B, 3, 3) old pixels to new, size (B, 2) (width, height) of the old images, out_size
+    (width, height) -> x, y (B, height, width) float32, old pixels; and which of them lie inside the image."""
     width, height = out_size
-    inverse = torch.linalg.inv(A.double()).to(images.device, torch.float32, non_blocking=True)[:, :, :, None, None]
-    v, u = torch.meshgrid(torch.arange(height, device=images.device), torch.arange(width, device=images.device), indexing="ij")
-    x, y = (inverse[:, r, 0] * u + inverse[:, r, 1] * v + inverse[:, r, 2] for r in range(2))  # (B, height, width) each
-    w, h = size.to(images.device, torch.float32, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
-    valid = (x > -0.5) & (y > -0.5) & (x < w - 0.5) & (y < h - 0.5)
+    inverse = torch.linalg.inv(A.double()).to(device, torch.float32, non_blocking=True)[:, :, :, None, None]
+    v, u = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    x, y = (inverse[:, r, 0] * u + inverse[:, r, 1] * v + inverse[:, r, 2] for r in range(2))
+    w, h = size.to(device, torch.float32, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
+    return x, y, (x > -0.5) & (y > -0.5) & (x < w - 0.5) & (y < h - 0.5)
+
+
+def warp_images(images, size, A, colour, out_size, gamma=None):
+    """Bilinear resampling by one affine an image. images (B, 3, H, W) uint8 on a shared canvas, size (B, 2) (width, height),
+    A (B, 3, 3) old pixels to new, colour (B, 3, 4) of `random_colour`, out_size (width, height), gamma (B,) powers of values in [0, 1] before
+    that, if any -> (B, 3, height, width) float32 normalised by ImageNet's mean and standard deviation; 0, the mean colour, outside the image."""
+    x, y, inside = source_pixels(A, size, out_size, images.device)
     # clamped to the image's own edge, or the canvas behind a smaller neighbour would bleed into its last row
+    w, h = size.to(images.device, torch.float32, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
     x, y = torch.minimum(x.clamp(min=0), w - 1), torch.minimum(y.clamp(min=0), h - 1)
     grid = torch.stack([x * 2 / (images.shape[3] - 1) - 1, y * 2 / (images.shape[2] - 1) - 1], -1)
     warped = F.grid_sample(images.float(), grid, mode="bilinear", align_corners=True)  # (B, 3, height, width)
-    if (colour != torch.eye(3, 4)).any():  # on the host: no GPU is waited for
+    if gamma is not None and (gamma != 1).any():  # on the host, as below: no GPU is waited for
+        warped = (warped / 255) ** gamma.to(images.device, torch.float32, non_blocking=True).view(-1, 1, 1, 1) * 255
+    if (colour != torch.eye(3, 4)).any():
         M = (colour * torch.tensor([1.0, 1.0, 1.0, 255.0])).to(images.device, torch.float32, non_blocking=True)
         warped = (torch.einsum("bij,bjhw->bihw", M[:, :, :3], warped) + M[:, :, 3, None, None]).clamp_(0, 255)
     mean, std = (255 * torch.tensor(t, device=images.device).view(3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
-    return (warped - mean) / std * valid[:, None]
+    return (warped - mean) / std * inside[:, None]
 
 
 def transform(points, T):

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import signal
@@ -18,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import tyro
+from torch import nn
+from tqdm import tqdm
 
 from data import BadInput
 
@@ -249,6 +253,15 @@ def as_json(c, without=()):
     return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(c))).items() if k not in without}
 
 
+def hash_of(state_dict):
+    """A short hash of weights: names and bytes."""
+    digest = hashlib.sha256()
+    for name, value in state_dict.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def differences(had, wanted):
     """What a run that was made with `had` would have to differ in to be `wanted` (dicts), in words: "" for nothing."""
     return "; ".join(f"{k}={had.get(k)}, not {v}" for k, v in wanted.items() if had.get(k) != v)
@@ -269,3 +282,132 @@ def resume(path, identity, model, optimizers):
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
     return saved["step"]
+
+
+# -----------------------------------------------------------------------------
+# the training loop, as far as it is the same for every task
+
+
+def stream(dataset, batches, collate, workers, run):
+    """Batches of a data set, loaded ahead by `workers` processes. Raises the BadInput that stands in a batch's place."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+        worker_init_fn=leave_signals_to_parent, pin_memory=run.device.type == "cuda", prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+    for batch in loader:
+        if isinstance(batch, BadInput):
+            raise batch
+        yield batch
+
+
+class Loop:
+    """The steps of a run that may be killed at any moment and goes on from its last checkpoint to the same numbers.
+
+        loop = Loop(c, run, model, optimizers, identity, names, accumulate)     # loop.start: steps already done
+        loop.begin(steps, next_batch, about, lines)                             # the first thing that writes
+        for step in loop:
+            loop.update(next_batch, rate)                                       # forward, backward, optimisers
+            if loop.reporting: stats = loop.report(...)
+            if loop.judging: loop.log({...})
+            if loop.saving: loop.save(...)
+
+    c has the fields out, name, log_every, save_every, eval_every, batch_size, amp. model(batch, report) -> loss, stats (a dict of scalar
+    tensors). identity: what must be as it was on resuming, or the run would be another experiment. names: of the frames, for
+    messages; a batch says under "index" which it holds. accumulate: forward passes per step.
+    """
+
+    def __init__(self, c, run, model, optimizers, identity, names, accumulate=1, judges=False):
+        self.c, self.run, self.model, self.optimizers, self.identity, self.names = c, run, model, optimizers, identity, names
+        self.accumulate, self.judges, self.folder = accumulate, judges, Path(c.out) / c.name
+        self.start = resume(self.folder / "last.pt", identity, model, optimizers)
+        self.groups = [g for o in optimizers for g in o.param_groups]  # after resuming, which makes new ones
+        self.owned = [p for g in self.groups for p in g["params"]]
+        assert len(self.owned) == len({id(p) for p in self.owned}) == sum(p.requires_grad for p in model.parameters())
+        if run.any(self.start > 0) and not self.start:
+            raise BadInput(f"{self.folder}/last.pt: some processes see it and some do not; --out must be on a disk that all nodes share")
+        self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+
+    def begin(self, steps, next_batch, about, lines):
+        """Write the log's header, print `lines`. next_batch(step): the next forward pass's batch, augmented as in that step."""
+        self.steps, self.about = steps, about
+        self.batch = next_batch(self.start) if self.start < steps else None  # before anything is written: a broken data set leaves no trace
+        if self.run.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            cut_log(self.folder / "log.jsonl", self.start)
+            print("\n".join(lines), flush=True)
+        self.log({"step": self.start, **about})
+        self.asked_to_stop, self.stopping = catch_signals(), False
+
+    def __iter__(self):
+        self.model.train()
+        self.clock, self.unchecked = Clock(), []
+        self.bar = tqdm(total=self.steps, initial=self.start, disable=not self.run.main, dynamic_ncols=True, mininterval=1)
+        for step in range(self.start, self.steps):
+            self.done = step + 1
+            self.reporting = self.done % self.c.log_every == 0 or self.done == self.steps
+            yield step
+            if self.stopping:
+                break
+        self.bar.close()
+
+    def update(self, next_batch, rate, clip=0.0):
+        """One step of the optimisers, with every group's lr its initial_lr x rate; gradients are clipped to norm `clip`, 0 for not at
+        all. Ends the run, the last good checkpoint kept, where a loss or a gradient is not finite."""
+        c, run, step = self.c, self.run, self.done - 1
+        for g in self.groups:
+            g["lr"] = g["initial_lr"] * rate
+        for i in range(self.accumulate):
+            last = i == self.accumulate - 1
+            with contextlib.nullcontext() if last or run.world == 1 else self.wrapped.no_sync():
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                    loss, self.stats = self.wrapped(self.batch, self.reporting and last)
+                (loss / self.accumulate).backward()
+            self.unchecked.append((self.done, self.batch["index"], loss.detach()))
+            with self.clock.waiting():
+                self.batch = next_batch(step + last) if step + last < self.steps else None
+        if step == self.start:
+            assert all(p.grad is not None for p in self.owned), "a parameter that should learn got no gradient"
+        if clip:
+            self.stats["grad_norm"] = nn.utils.clip_grad_norm_(self.owned, clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.clock.steps += 1
+        self.bar.update()
+
+        # losses must be finite: the step before's are known without waiting for the GPU, this one's must be before anything is written
+        self.stopping = run.any(bool(self.asked_to_stop))
+        self.saving = self.done % c.save_every == 0 or self.done == self.steps or self.stopping
+        self.judging = self.judges and (self.done == self.steps or bool(c.eval_every) and self.done % c.eval_every == 0 and not self.stopping)
+        due = [u for u in self.unchecked if self.reporting or self.saving or self.judging or u[0] < self.done]
+        self.unchecked = self.unchecked[len(due) :]
+        sound = not self.saving or all(p.isfinite().all() for p in self.owned)  # a finite loss may have had a gradient that was not
+        broken = [(at, self.names[i]) for at, index, loss in due if not (math.isfinite(loss) and sound) for i in index.tolist()]
+        if run.any(bool(broken)):
+            at, names = (sorted({row[i] for row in run.gather(broken)}) for i in (0, 1))
+            run.fail(
+                f"step {at[0]}: the loss or its gradient is not finite; frames {', '.join(names)}; the last good checkpoint, if there is one, stays in {self.folder}/"
+            )
+
+    def report(self, epoch):
+        """A line of log.jsonl: the last pass's stats, averaged over ranks, the rates, the times. -> the stats."""
+        stats = self.run.mean(self.stats)
+        self.log({"step": self.done, "epoch": epoch, **stats, "lr": [g["lr"] for g in self.groups], **self.clock.read(self.c.batch_size)})
+        return stats
+
+    def log(self, line):
+        if self.run.main:
+            with (self.folder / "log.jsonl").open("a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def judged(self, what, figures):
+        """A line of log.jsonl; the time that judging took is no step's."""
+        self.log({"step": self.done, what: figures})
+        self.model.train()
+        self.clock = Clock()
+
+    def save(self, **more):
+        """last.pt, with `more` in it."""
+        if self.run.main:
+            state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "step": self.done, "identity": self.identity}
+            save_atomically(state | self.about | more, self.folder / "last.pt")

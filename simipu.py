@@ -21,8 +21,6 @@ Resume: the same command again; it goes on from out/NAME/last.pt, on a CPU to th
 A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torchvision's key names), curves.png, pairs.png.
 """
 
-import contextlib
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +35,6 @@ import tyro
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import nn
-from tqdm import tqdm
 
 import data
 import ops_triton as ops
@@ -251,6 +248,7 @@ class ResNet(nn.Module):
                 cin = width * block.expansion
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.channels, self.stride = cin, 32
+        self.map_channels = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -266,7 +264,7 @@ class ResNet(nn.Module):
 
 
 def build_image_encoder(name):
-    """resnetNN, or timm:NAME. The module's `channels` and `stride` describe its last map. Raises BadInput for other names."""
+    """resnetNN, or timm:NAME. The module's `channels` and `stride` describe its last map, `map_channels` all of them. Raises BadInput for other names."""
     if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
         return ResNet(int(name[6:]))
     if not name.startswith("timm:"):
@@ -277,7 +275,8 @@ def build_image_encoder(name):
         encoder = timm.create_model(name[5:], features_only=True)
     except (ImportError, RuntimeError) as e:  # no timm, or no such model
         raise BadInput(f"--image-encoder {name}: {str(e).splitlines()[0]}") from None
-    encoder.channels, encoder.stride = encoder.feature_info.channels()[-1], encoder.feature_info.reduction()[-1]
+    encoder.map_channels, encoder.stride = encoder.feature_info.channels(), encoder.feature_info.reduction()[-1]
+    encoder.channels = encoder.map_channels[-1]
     return encoder
 
 
@@ -606,13 +605,18 @@ def build_optimizers(model, c):
 # training
 
 
-def load_frames(c, run):
-    """The frames of all roots; the built-in scenes are written first where a preset asks for them. -> frames, held-out frames, a note."""
+def write_scenes(c, run):
+    """The built-in scenes, where a preset asks for them and they are not there yet."""
     if c.synthetic_frames and c.data_root and not Path(c.data_root[0]).exists() and run.main:
         import synthetic
 
         synthetic.write_dataset(c.data_root[0], frames=c.synthetic_frames)
     run.any(False)  # a barrier: the other ranks wait for the scenes
+
+
+def load_frames(c, run):
+    """-> the frames of all roots, held-out frames, a note to print."""
+    write_scenes(c, run)
     frames = [f for root in c.data_root for f in data.find_frames(root, c.splits, c.frame_stride, c.skip_missing)]
     return frames, *data.find_held_out(c, frames)
 
@@ -653,125 +657,62 @@ def train(c):
             if isinstance(layer, PointLayer):
                 layer.sync = True
     optimizers = build_optimizers(model, c)
+    if c.compile:
+        model.img_backbone.compile(dynamic=True)
+
+    # ============ data ============
     frames, held_out, note = load_frames(c, run)
     notes += [note] if note else []
     if len(frames) < max(c.batch_size, 2):
         raise BadInput(f"--batch-size {c.batch_size}: the {len(frames)} frames found are too few")
-    folder = Path(c.out) / c.name
     inventory = data.inventory(frames)
-    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
-    start = runtime.resume(folder / "last.pt", identity, model, optimizers)
-    if run.any(start > 0) and not start:
-        raise BadInput(f"{folder}/last.pt: some processes see it and some do not; --out must be on a disk that all nodes share")
-    groups = [g for o in optimizers for g in o.param_groups]
-    owned = [p for g in groups for p in g["params"]]
-    assert len(owned) == len({id(p) for p in owned}) == sum(p.requires_grad for p in model.parameters())
-    if c.compile:
-        model.img_backbone.compile(dynamic=True)
-    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
-
-    # ============ data ============
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
-    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, start, steps)
-    loader = torch.utils.data.DataLoader(
-        data.PretrainFrames(frames, c), batch_sampler=batches, collate_fn=data.collate, num_workers=c.workers,
-        worker_init_fn=runtime.leave_signals_to_parent, pin_memory=run.device.type == "cuda", prefetch_factor=4 if c.workers else None,
-    )  # fmt: skip
-    stream = iter(loader)
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
+    loop = runtime.Loop(c, run, model, optimizers, identity, [f.name for f in frames], accumulate, judges=bool(held_out))
+    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
+    stream = runtime.stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
 
     def next_batch(step):
-        batch = next(stream)
-        if isinstance(batch, BadInput):
-            raise batch
-        return data.augment(batch, data.random_image_scale(c.image_scale, c.seed, step), run.device)
-
-    batch = next_batch(start) if start < steps else None  # before anything is written: a broken data set leaves no trace
-
-    # ============ where it goes ============
-    about = runtime.provenance(run) | {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
-
-    def log(line):
-        if run.main:
-            with (folder / "log.jsonl").open("a") as f:
-                f.write(json.dumps(line) + "\n")
-
-    def save(step):
-        if not run.main:
-            return
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "identity": identity}
-        seen = {"inventory": inventory, "drives": sorted({f.drive for f in frames if f.drive})}  # for eval.py: not to be judged on
-        runtime.save_atomically(state | about | seen, folder / "last.pt")
-        if c.inter_weight:
-            pixels = {"mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB"}
-            state_dict = {k: v.cpu().contiguous() for k, v in model.img_backbone.state_dict().items()}
-            runtime.save_atomically({"state_dict": state_dict, "arch": c.image_encoder, "step": step, "git": about["git"], **pixels}, folder / "backbone.pt")
-
-    if run.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        runtime.cut_log(folder / "log.jsonl", start)
-        million = sum(p.numel() for p in owned) / 1e6
-        print("\n".join([*notes, f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}"]))
-        smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < c.group)
-        print(f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames{smaller}, {group * c.places} pairs a pass")
-        print(f"steps {start} to {steps}, {steps_per_epoch} an epoch, into {folder}/", flush=True)
-    log({"step": start, **about})
-    asked_to_stop = runtime.catch_signals()
+        return data.augment(next(stream), data.random_image_scale(c.image_scale, c.seed, step), run.device)
 
     # ============ the loop ============
-    model.train()
-    bar = tqdm(total=steps, initial=start, disable=not run.main, dynamic_ncols=True, mininterval=1)
-    clock, unchecked, judged, stopping = runtime.Clock(), [], None, False
-    for step in range(start, steps):
-        for g in groups:
-            g["lr"] = g["initial_lr"] * c.lr_decay ** (step // steps_per_epoch)
-        done = step + 1
-        report = done % c.log_every == 0 or done == steps
-
-        for i in range(accumulate):
-            last = i == accumulate - 1
-            with contextlib.nullcontext() if last or run.world == 1 else wrapped.no_sync():
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
-                    loss, stats = wrapped(batch, report and last)
-                (loss / accumulate).backward()
-            unchecked.append((done, batch["index"], loss.detach()))
-            with clock.waiting():
-                batch = next_batch(step + last) if step + last < steps else None
-        if step == start:
-            assert all(p.grad is not None for p in owned), "a parameter that should learn got no gradient"
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        clock.steps += 1
-        bar.update()
-        # losses must be finite: the step before's are known without waiting for the GPU, this one's must be before anything is written
-        stopping = run.any(bool(asked_to_stop))
-        saving = done % c.save_every == 0 or done == steps or stopping
-        judging = held_out and (done == steps or (c.eval_every and done % c.eval_every == 0 and not stopping))
-        due = [u for u in unchecked if report or saving or judging or u[0] < done]
-        unchecked = unchecked[len(due) :]
-        sound = not saving or all(p.isfinite().all() for p in owned)  # a finite loss may have had a gradient that was not
-        broken = [(at, frames[i].name) for at, index, loss in due if not (math.isfinite(loss) and sound) for i in index.tolist()]
-        if run.any(bool(broken)):
-            at, names = (sorted({row[i] for row in run.gather(broken)}) for i in (0, 1))
-            run.fail(f"step {at[0]}: the loss or its gradient is not finite; frames {', '.join(names)}; the last good checkpoint, if there is one, stays in {folder}/")
+    about = runtime.provenance(run) | {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
+    million = sum(p.numel() for p in loop.owned) / 1e6
+    smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < c.group)
+    lines = [
+        *notes,
+        f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}",
+        f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames{smaller}, {group * c.places} pairs a pass",
+        f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
+    ]
+    loop.begin(steps, next_batch, about, lines)
+    judged = None
+    for step in loop:
+        epoch = step // steps_per_epoch
+        loop.update(next_batch, c.lr_decay**epoch)
 
         # once in a while: write how it goes, judge, save
-        if report:
-            stats = run.mean(stats)  # of the last pass
-            log({"step": done, "epoch": step // steps_per_epoch, **stats, "lr": [g["lr"] for g in groups], **clock.read(c.batch_size)})
-            bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
-        if judging:
+        if loop.reporting:
+            stats = loop.report(epoch)
+            loop.bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
+        if loop.judging:
             judged = evaluate.match(model, held_out, c, run.device)  # on every rank: recalibrating batch norm talks to the others
-            log({"step": done, "match": judged})
-            clock = runtime.Clock()
-        if saving:
-            save(done)
-        if stopping:
-            break
-    bar.close()
-    if not stopping:
-        finish(model, c, run, frames, held_out, folder, judged)
+            loop.judged("match", judged)
+        if loop.saving:
+            # for eval.py: what it is not to be judged on
+            loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
+            if c.inter_weight and run.main:
+                save_backbone(model.img_backbone, c.image_encoder, loop)
+    if not loop.stopping:
+        finish(model, c, run, frames, held_out, loop.folder, judged)
+
+
+def save_backbone(encoder, arch, loop):
+    """backbone.pt: the image encoder alone, with torchvision's key names, and what pixels it wants."""
+    pixels = {"mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB"}
+    state_dict = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
+    runtime.save_atomically({"state_dict": state_dict, "arch": arch, "step": loop.done, "git": loop.about["git"], **pixels}, loop.folder / "backbone.pt")
 
 
 def finish(model, c, run, frames, held_out, folder, judged):

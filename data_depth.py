@@ -1,0 +1,296 @@
+"""Images with their depth, from the datasets' original layouts, and augmentation that moves both alike.
+
+    kitti          split files of lines `image depth focal` (BTS, AdaBins, the depth toolbox) or `folder index l|r` (monodepth2); raw drives
+                   and annotated depth, where those projects and KITTI's own archives put them; png or jpg
+    nyu            split files of lines `image depth focal`; BTS's folders, sync/ and official_splits/test/
+    kitti_lidar    anything that data.py reads: the sweep, projected into the image, is the ground truth
+    scenes         synthetic.py's: depth_2/ beside image_2/
+
+Depth is kept as files do, 16 bits of 1 / scale metres, 0 where nothing is known: 256 for KITTI, projected sweeps and scenes, 1000 for NYU.
+As in pre-training, workers decode and draw random numbers, and the device augments; every change of place is one affine A that
+image (bilinear) and depth (nearest) share. Pixels are (u, v) with (0, 0) at the centre of the top-left one.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+from data import BadInput
+
+SCALE = {"kitti": 256, "nyu": 1000, "kitti_lidar": 256, "scenes": 256}  # units of a depth file per metre
+KB_CROP = (1216, 352)  # (width, height): what all of KITTI's image sizes have in common, without the sky (BTS; the toolbox's KBCrop)
+NYU_BORDER = (slice(45, 472), slice(43, 608))  # rows, columns of 480 x 640 inside the white frame of NYU's images; in training alone
+IMAGE_FOLDERS = {"kitti": ("", "input", "raw", "kitti_raw"), "nyu": ("", "sync", "official_splits/test")}
+DEPTH_FOLDERS = {"kitti": ("", "gt_depth", "data_depth_annotated"), "nyu": IMAGE_FOLDERS["nyu"]}
+CAMERA = {"l": "image_02", "r": "image_03"}  # monodepth2's sides
+
+
+# -----------------------------------------------------------------------------
+# finding pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    name: str  # of the image, without suffix; what a saved prediction is called
+    image: Path
+    depth: Path  # a 16-bit PNG, or a sweep
+    calib: tuple[Path, ...] = ()  # of a sweep: data.Frame's
+
+
+def find_pairs(dataset, roots, depth_root="", splits=(), frame_stride=1, skip_missing=False):
+    """All pairs of `splits`: split files for kitti and nyu (looked up in the roots, too), names of ImageSets/ for the other two.
+
+    roots: folders of images; several are pooled. depth_root: folder of ground truth, "" for the same. -> pairs, notes to print.
+    Raises BadInput for what is missing or cannot be understood; skip_missing leaves out pairs that lack one of their files.
+    """
+    if dataset in ("kitti", "nyu"):
+        pairs, notes = [], []
+        for split in splits:
+            listing = _first([Path(split), *(Path(root) / split for root in roots)])
+            found, left_out = _read_listing(dataset, listing, roots, depth_root, skip_missing)
+            pairs += found
+            notes += [f"{listing}: {len(found)} pairs, {left_out}"] if left_out else []
+    else:
+        frames = [f for root in roots for f in data.find_frames(root, splits, frame_stride, skip_missing)]
+        if dataset == "scenes":
+            pairs = [Pair(f.name, f.image, f.image.parent.parent / "depth_2" / (f.image.stem + ".png")) for f in frames]
+            for pair in pairs:
+                if not pair.depth.is_file():
+                    raise BadInput(f"{pair.depth}: missing; only synthetic.py's scenes come with dense depth (--dataset kitti_lidar projects sweeps)")
+        else:
+            pairs = [Pair(f.name, f.image, f.cloud, f.calib) for f in frames]
+        notes = []
+    if not pairs:
+        raise BadInput(f"{' '.join(map(str, roots))}: no pairs of image and depth in splits {', '.join(map(str, splits)) or '(none given)'}")
+    return pairs, notes
+
+
+def _read_listing(dataset, listing, roots, depth_root, skip_missing):
+    """-> pairs of a split file, and in words how many were left out."""
+    try:
+        lines = listing.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"{listing}: not a readable split file ({getattr(e, 'strerror', None) or 'not text'})") from None
+    pairs, no_depth, missing = [], 0, 0
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        if dataset == "kitti" and len(words) == 3 and words[2] in CAMERA and words[1].isdigit():
+            image = f"{words[0]}/{CAMERA[words[2]]}/data/{int(words[1]):010d}.png"
+            depth = f"{Path(words[0]).name}/proj_depth/groundtruth/{CAMERA[words[2]]}/{int(words[1]):010d}.png"
+        elif len(words) >= 2:
+            image, depth = (word.lstrip("/") for word in words[:2])
+        else:
+            raise BadInput(f"{listing}: line {number}, {line.strip()[:60]!r}, is neither `image depth focal` nor `folder index l|r`")
+        if depth == "None":
+            no_depth += 1
+            continue
+        images = [Path(root, folder, name) for root in roots for folder in IMAGE_FOLDERS[dataset] for name in (image, str(Path(image).with_suffix(".jpg")))]
+        depths = [Path(root, folder, part, depth) for root in ([depth_root] if depth_root else roots) for folder in DEPTH_FOLDERS[dataset] for part in ("", "train", "val")]
+        if dataset == "kitti":  # monodepth2 unpacks it into the drives
+            depths += [Path(root, folder, Path(image).parts[0], depth) for root in roots for folder in IMAGE_FOLDERS[dataset]]
+        pair = Pair(str(Path(image).with_suffix("")), _first(images), _first(depths))
+        lost = [path for path in (pair.image, pair.depth) if not path.is_file()]
+        if lost and not skip_missing:
+            raise BadInput(f"{lost[0]}: missing (line {number} of {listing}; --skip-missing leaves out pairs that lack a file)")
+        missing += bool(lost)
+        pairs += [pair] if not lost else []
+    left_out = [f"{no_depth} without ground truth left out"] * bool(no_depth) + [f"{missing} with a missing file left out"] * bool(missing)
+    return pairs, ", ".join(left_out)
+
+
+def _first(paths):
+    """The first that is there, or the first."""
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def thin(pairs, share):
+    """Evenly spread, `share` of them, at least one."""
+    keep = max(1, round(share * len(pairs)))
+    return [pairs[i * len(pairs) // keep] for i in range(keep)]
+
+
+def at_most(pairs, limit):
+    """Evenly spread, no more than `limit` of them; 0: all."""
+    return pairs[:: max(1, -(-len(pairs) // limit))] if limit else pairs
+
+
+def inventory(pairs):
+    """One line a pair, in order: its name, and the bytes of its files."""
+    return [f"{p.name} {p.image.stat().st_size} {p.depth.stat().st_size}" for p in pairs]
+
+
+# -----------------------------------------------------------------------------
+# reading one pair
+
+
+def read_depth(path):
+    """uint16 (H, W), 0 where nothing is known. Raises BadInput for anything but a 16-bit image of one channel."""
+    try:
+        with Image.open(path) as image:
+            if not image.mode.startswith("I;16"):
+                raise BadInput(f"{path}: not a 16-bit depth map; its pixels are of mode {image.mode}")
+            return np.asarray(image).astype(np.uint16)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BadInput(f"{path}: not a readable image ({e})") from None
+
+
+def sweep_depth(points, lidar2img, width, height):
+    """A sweep as a sparse depth map: float32 (height, width), metres along the camera's axis, 0 where no point falls. The nearest point
+    wins where several fall on one pixel. Sensors some decimetres apart see different things: points of the background may lie on a near
+    thing's edge.
+
+    points (N, 3+), lidar2img (3, 4): metres of the LiDAR to pixels.
+    """
+    uv, depth = data.project(points.astype(np.float64), lidar2img)
+    inside = data.inside_image(uv, depth, width, height)
+    u, v = np.rint(uv[inside]).astype(int).clip(0, (width - 1, height - 1)).T  # exactly half a pixel outside rounds outside
+    nearest = np.full(height * width, np.inf)
+    np.minimum.at(nearest, v * width + u, depth[inside])
+    return np.where(np.isinf(nearest), 0, nearest).astype(np.float32).reshape(height, width)
+
+
+def load_pair(pair):
+    """-> image (H, W, 3) uint8, depth (H, W) uint16. Raises BadInput."""
+    image = data.read_image(pair.image)
+    if pair.calib:
+        metres = sweep_depth(data.read_cloud(pair.depth), data.read_lidar2img(pair.calib), image.shape[1], image.shape[0])
+        depth = np.rint(metres * SCALE["kitti_lidar"]).clip(0, 65535).astype(np.uint16)
+    else:
+        depth = read_depth(pair.depth)
+    if depth.shape != image.shape[:2]:
+        raise BadInput(f"{pair.depth}: {depth.shape[1]} x {depth.shape[0]} pixels, but {pair.image} has {image.shape[1]} x {image.shape[0]}")
+    return image, depth
+
+
+def border(dataset, width, height, training):
+    """What is cut off before anything else, as (rows, columns) slices: KITTI's crop always, NYU's frame in training. Raises BadInput for
+    images that are smaller."""
+    if dataset in ("kitti", "kitti_lidar"):
+        top, left = height - KB_CROP[1], int((width - KB_CROP[0]) / 2)
+        if top < 0 or width < KB_CROP[0]:
+            raise BadInput(f"{width} x {height} pixels are smaller than KITTI's crop of {KB_CROP[0]} x {KB_CROP[1]}")
+        return slice(top, height), slice(left, left + KB_CROP[0])
+    if dataset == "nyu" and training:
+        if (width, height) != (640, 480):
+            raise BadInput(f"{width} x {height} pixels, where NYU has 640 x 480")
+        return NYU_BORDER
+    return slice(0, height), slice(0, width)
+
+
+# -----------------------------------------------------------------------------
+# random numbers, on the host: a pure function of (seed, epoch, pair)
+
+
+def resized(size, scale):
+    """Width and height of an image of `size` times `scale`, whole pixels."""
+    return [max(1, round(edge * scale)) for edge in size]
+
+
+def random_affine(rng, width, height, rotation, rotation_p, flip, crop, scale):
+    """Rotation about the image's centre by U(-rotation, rotation) degrees, with probability rotation_p; mirroring; a window of `crop` (width,
+    height), 0 for the whole edge; the window times `scale`. -> A (3, 3) float64, pixels of the image to pixels of the result; its size."""
+    angle = np.radians(rng.uniform(-rotation, rotation)) * (rng.random() < rotation_p)
+    centre = np.array([(width - 1) / 2, (height - 1) / 2])
+    turn = np.eye(3)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    turn[:2, 2] = centre - turn[:2, :2] @ centre
+    mirror = np.array([[-1.0, 0, width - 1], [0, 1, 0], [0, 0, 1]]) if rng.random() < flip else np.eye(3)
+    window = [min(c, edge) or edge for c, edge in zip(crop, (width, height))]
+    corner = [int(rng.integers(0, edge - w + 1)) for edge, w in zip((width, height), window)]
+    size = resized(window, scale)
+    sx, sy = size[0] / window[0], size[1] / window[1]
+    cut = np.array([[sx, 0, (0.5 - corner[0]) * sx - 0.5], [0, sy, (0.5 - corner[1]) * sy - 0.5], [0, 0, 1]])
+    return cut @ mirror @ turn, size
+
+
+def random_colours(rng, p, gamma, brightness, channels):
+    """The toolbox's ColorAug, with probability p: values of 0..255 to the power U(*gamma), times U(*brightness), times U(*channels) for each
+    channel, cut at 255. -> gamma; the rest as an affine map (3, 4) of values of 0..1, as data.warp_images takes it. On values of 0..255, a
+    power is mostly a change of brightness, by 255^(gamma - 1)."""
+    g, b, per_channel = rng.uniform(*gamma), rng.uniform(*brightness), rng.uniform(*channels, 3)
+    if rng.random() >= p:
+        return 1.0, np.eye(3, 4)
+    return g, np.hstack([np.diag(255 ** (g - 1) * b * per_channel), np.zeros((3, 1))])
+
+
+class DepthFrames(torch.utils.data.Dataset):
+    """Pairs with all their randomness, by (epoch, index). `c` is finetune_depth.Config. A broken pair comes back as a BadInput."""
+
+    def __init__(self, pairs, c):
+        self.pairs, self.c = pairs, c
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def decoded(self, index):
+        """Without what is drawn: image (H, W, 3) uint8, depth (H, W) int16 (of which 16 bits are meant), without the border."""
+        pair = self.pairs[index]
+        image, depth = load_pair(pair)
+        try:
+            part = border(self.c.dataset, image.shape[1], image.shape[0], training=True)
+        except BadInput as e:
+            raise BadInput(f"{pair.image}: {e}") from None
+        return {"image": image[part], "depth": depth[part].view(np.int16)}  # torch does little with uint16
+
+    def drawn(self, epoch, index, width, height):
+        """The random numbers of a pair in an epoch."""
+        c, rng = self.c, np.random.default_rng([data.SAMPLE, self.c.seed, epoch, index])
+        A, size = random_affine(rng, width, height, c.rotation, c.rotation_p, c.flip, c.crop, c.image_scale)
+        gamma, colour = random_colours(rng, c.colour_p, c.gamma, c.brightness, c.channel_gain)
+        return {"A": A, "out_size": np.array(size), "gamma": gamma, "colour": colour, "index": index}
+
+    def __getitem__(self, key):
+        epoch, index = key
+        try:
+            sample = self.decoded(index)
+        except BadInput as e:
+            return e
+        return sample | self.drawn(epoch, index, sample["image"].shape[1], sample["image"].shape[0])
+
+
+def resident(dataset, batches, device):
+    """Batches as runtime.stream makes them, from images and depths decoded once and kept on `device`, five bytes a pixel. Raises BadInput
+    for images of different sizes, which have no place in one tensor."""
+    with ThreadPoolExecutor() as pool:
+        decoded = list(pool.map(dataset.decoded, range(len(dataset))))
+    sizes = {d["image"].shape[1::-1] for d in decoded}
+    if len(sizes) > 1:
+        raise BadInput(f"--resident: images of {len(sizes)} sizes, {min(sizes)} and {max(sizes)} among them")
+    (width, height), = sizes
+    image, depth = (torch.stack([torch.from_numpy(d.pop(key)) for d in decoded]).to(device) for key in ("image", "depth"))
+    for keys in batches:
+        at = torch.tensor([i for _, i in keys], device=device)
+        batch = torch.utils.data.default_collate([dataset.drawn(epoch, i, width, height) for epoch, i in keys])
+        yield batch | {"image": image[at].permute(0, 3, 1, 2), "depth": depth[at], "size": torch.tensor([[width, height]]).expand(len(keys), 2)}
+
+
+# -----------------------------------------------------------------------------
+# on the device
+
+
+def warp_depth(depth, size, A, out_size):
+    """The nearest pixel's depth under one affine a map, as data.warp_images moves its image. depth (B, H, W) integers on a shared canvas,
+    size (B, 2) (width, height), A (B, 3, 3), out_size (width, height) -> (B, height, width), 0 outside."""
+    x, y, inside = data.source_pixels(A, size, out_size, depth.device)
+    w, h = depth.shape[2], depth.shape[1]
+    nearest = y.round().long().clamp_(0, h - 1) * w + x.round().long().clamp_(0, w - 1)
+    return depth.flatten(1).gather(1, nearest.flatten(1)).view(nearest.shape) * inside
+
+
+def augment(batch, scale, device):
+    """A collated batch of DepthFrames to what the model reads, on `device`. scale: units per metre.
+
+    -> dict: image (B, 3, H, W) float32 normalised; depth (B, H, W) float32 metres, 0 where nothing is known; index (B,)."""
+    out_size = batch["out_size"].amax(0).tolist()
+    image = data.warp_images(batch["image"].to(device, non_blocking=True), batch["size"], batch["A"], batch["colour"], out_size, batch["gamma"])
+    depth = batch["depth"].to(device, non_blocking=True).int() & 0xFFFF
+    return {"image": image, "depth": warp_depth(depth, batch["size"], batch["A"], out_size).float() / scale, "index": batch["index"]}

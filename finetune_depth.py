@@ -1,0 +1,382 @@
+"""Monocular depth, the first downstream task: what is a pre-trained image encoder worth?
+
+    torchrun --standalone finetune_depth.py demo --init out/demo/backbone.pt        # built-in scenes, minutes on two CPU cores
+    torchrun --standalone finetune_depth.py demo --init none --name scratch         # the same from scratch
+
+KITTI's Eigen split and NYU by the toolbox's recipe, on one GPU or several (same global batch); any sweeps, with no annotation at all:
+
+    torchrun --standalone finetune_depth.py kitti --init out/kitti/backbone.pt --data-root data/kitti_raw --depth-root data/kitti_depth \\
+        --splits kitti_eigen_train.txt --eval-splits kitti_eigen_test.txt
+    torchrun --standalone --nproc_per_node=2 finetune_depth.py nyu --init resnet50-imagenet.pth --data-root data/nyu
+    torchrun --standalone finetune_depth.py kitti_lidar --init out/kitti/backbone.pt --data-root data/kitti --splits train --eval-splits val
+
+Resume: the same command again. Every flag: `python finetune_depth.py kitti --help`. A run ends with its metrics on held-out frames,
+and writes out/NAME/: log.jsonl, last.pt, curves.png, depth.png. `python eval.py depth out/NAME/last.pt` judges again, on anything.
+
+Network and recipe are those of the depth toolbox (zhyever/Monocular-Depth-Estimation-Toolbox, configs/simipu), with which both of the
+paper's tables on depth were made: ResNet-50, the decoder of DenseDepth (Alhashim and Wonka 2018), SigLoss (Eigen et al. 2014, weighted
+as in AdaBins), AdamW in one cycle. Constants that its configuration leaves to code are named where they stand.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+import data
+import data_depth
+import pictures
+import runtime
+import simipu
+import weights
+from data import BadInput
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Defaults are the toolbox's for KITTI."""
+
+    # ---- data ----
+    dataset: Literal["kitti", "nyu", "kitti_lidar", "scenes"] = "kitti"
+    """How images and depths are found and cropped: data_depth.py says what each means."""
+    data_root: tuple[str, ...] = ("data/kitti_raw",)
+    """Folders of images; several are pooled."""
+    depth_root: str = ""
+    """Folder of ground truth, of kitti and nyu; not given: the same."""
+    splits: tuple[str, ...] = ("kitti_eigen_train.txt",)
+    """What is trained on: split files for kitti and nyu, here or in data_root; for the others names of files in ImageSets/."""
+    eval_splits: tuple[str, ...] = ("kitti_eigen_test.txt",)
+    """What the run ends by judging itself on. () for nothing."""
+    eval_root: tuple[str, ...] = ()
+    """Folders that eval_splits are looked up in; () for data_root."""
+    eval_frames: int = 0
+    """At most so many of them, evenly spread; 0 for all."""
+    eval_every: int = 0
+    """Steps between judgements, each a line in log.jsonl. 0: only after the last step, which is the one to report."""
+    labels: float = 1.0
+    """Share of the training pairs that is used, evenly spread: how much annotation does pre-training save?"""
+    frame_stride: int = 1
+    """Of raw drives without split files: keep every n-th frame."""
+    skip_missing: bool = False
+    """Leave out pairs that lack a file, instead of stopping at them."""
+    synthetic_frames: int = 0
+    """If data_root does not exist, write this many built-in scenes there first."""
+    workers: int = 4
+    """Loading processes per GPU; 0 loads in the training process."""
+    resident: bool = False
+    """Decode everything once, and keep it on the device, five bytes a pixel: 50 GB for all of KITTI, 29 for NYU."""
+    # ---- augmentation ----
+    rotation: float = 2.5
+    """Degrees: the image turns about its centre by U(-rotation, rotation)."""
+    rotation_p: float = 0.5
+    """Probability that it does."""
+    flip: float = 0.5
+    """Probability that it is mirrored."""
+    crop: tuple[int, int] = (704, 352)
+    """Window of the image that is trained on (width, height), pixels; 0 for the whole edge. Metrics are of whole images."""
+    image_scale: float = 1.0
+    """The network sees images this much smaller; its maps are enlarged again before they are scored."""
+    colour_p: float = 0.5
+    """Probability of a change of colours:"""
+    gamma: tuple[float, float] = (0.9, 1.1)
+    """values of 0..255 to the power U(gamma),"""
+    brightness: tuple[float, float] = (0.9, 1.1)
+    """times U(brightness),"""
+    channel_gain: tuple[float, float] = (0.9, 1.1)
+    """times U(channel_gain) for each channel."""
+    # ---- network ----
+    init: str = "none"
+    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
+    """How that file's pixels were normalised, where it does not say."""
+    image_encoder: str = "resnet50"
+    """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
+    decoder_width: int = 0
+    """Channels of the decoder at its deepest, a power of two times as many as at each next level; 0: as many as the encoder has there
+    (2048 for ResNet-50, as in the toolbox)."""
+    max_depth: float = 80.0
+    """Metres: the most that the network can say, and that is scored."""
+    min_depth: float = 1e-3
+    """Metres: what predictions are cut to, and the least that is scored."""
+    # ---- optimisation ----
+    batch_size: int = 16
+    """Images per step, over all GPUs."""
+    group: int = 8
+    """Images per forward pass, over which SigLoss and batch norm take their statistics: 8 on each of two GPUs in the toolbox. What of
+    batch_size is left over the GPUs is accumulated; fewer for each GPU make groups smaller."""
+    epochs: int = 24
+    """The rate follows one cycle over all of them, so another number is another run."""
+    max_steps: int = 0
+    """Steps of that cycle, whatever epochs says; 0: no limit."""
+    lr: float = 1e-4
+    """AdamW's, at the top of the cycle; betas (.95, .99)."""
+    weight_decay: float = 0.01
+    """On all parameters, as in the toolbox."""
+    clip: float = 35.0
+    """Norm that gradients are cut to; 0 for not at all."""
+    # ---- the run ----
+    name: str = "depth_kitti"
+    """The run lives in out/NAME."""
+    out: str = "out"
+    """Folder of all runs."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU if there is one."""
+    amp: bool = True
+    """bfloat16 autocast on GPUs. The last layer's answer and the loss stay in float32."""
+    compile: bool = False
+    """torch.compile the network."""
+    log_every: int = 50
+    """Steps between lines of log.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints. The last step and a polite kill save too."""
+
+
+PRESETS = {
+    "demo": (
+        "Built-in scenes, ResNet-18, minutes on two CPU cores.",
+        Config(
+            dataset="scenes", data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",), workers=1, image_scale=1 / 3,
+            image_encoder="resnet18", batch_size=8, epochs=1000, max_steps=150, lr=5e-4, name="depth_demo", log_every=5, save_every=50,
+        ),
+    ),
+    "kitti": ("KITTI's Eigen split: the toolbox's recipe.", Config()),
+    "nyu": (
+        "NYU Depth v2: the toolbox's recipe.",
+        Config(
+            dataset="nyu", data_root=("data/nyu",), splits=("nyu_train.txt",), eval_splits=("nyu_test.txt",), crop=(544, 416), max_depth=10.0,
+            brightness=(0.75, 1.25), name="depth_nyu",
+        ),
+    ),
+    "kitti_lidar": (
+        "Anything in KITTI's layouts, its own sweeps projected into the images as ground truth.",
+        Config(dataset="kitti_lidar", data_root=("data/kitti",), splits=("train",), eval_splits=("val",), name="depth_kitti_lidar"),
+    ),
+}  # fmt: skip
+
+# a checkpoint may be continued with other values of these; any other difference is another experiment
+FREE = {"data_root", "depth_root", "workers", "resident", "name", "out", "device", "compile", "log_every", "save_every", "init"}
+FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+
+
+# -----------------------------------------------------------------------------
+# network
+
+
+class Conv(nn.Module):
+    """A convolution with bias and no normalisation, and a ReLU after it. Named as mmcv's ConvModule, and initialised like it."""
+
+    def __init__(self, cin, cout, size, relu=True):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, size, padding=size // 2)
+        self.relu = relu
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return F.relu(self.conv(x), inplace=True) if self.relu else self.conv(x)
+
+
+class UpSample(nn.Module):
+    """Enlarge to the size of a skip connection, corners aligned; concatenate; two convolutions."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.convA, self.convB = Conv(cin, cout, 3), Conv(cout, cout, 3)
+
+    def forward(self, x, skip):
+        x = F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=True)
+        return self.convB(self.convA(torch.cat([x, skip], 1)))
+
+
+class DenseDepth(nn.Module):
+    """The decoder: 1x1 convolution with no ReLU on the deepest map, then once per map before it, halving the channels each time; one channel at
+    the end (toolbox, densedepth_head.py). channels: of the encoder's maps, shallowest first. forward: those maps -> (B, 1, h, w) logits of
+    the first map's size."""
+
+    def __init__(self, channels, width=0):
+        super().__init__()
+        width = width or channels[-1]
+        self.conv_list = nn.ModuleList([Conv(channels[-1], width, 1, relu=False)])
+        for skip in reversed(channels[:-1]):
+            self.conv_list.append(UpSample(skip + width, width // 2))
+            width //= 2
+        self.conv_depth = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, maps):
+        x = self.conv_list[0](maps[-1])
+        for up, skip in zip(list(self.conv_list)[1:], reversed(maps[:-1])):
+            x = up(x, skip)
+        return self.conv_depth(x)
+
+
+class DepthNet(nn.Module):
+    """Image encoder and decoder, with the toolbox's parameter names."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.max_depth = c.max_depth
+        self.backbone = simipu.build_image_encoder(c.image_encoder)
+        self.decode_head = DenseDepth(self.backbone.map_channels, c.decoder_width)
+
+    def depth(self, image):
+        """image (B, 3, H, W) -> metres in (0, max_depth), float32 (B, 1, H / 2, W / 2)."""
+        maps = self.backbone(image.contiguous(memory_format=torch.channels_last))
+        return self.decode_head(maps).float().sigmoid() * self.max_depth
+
+    def forward(self, batch, report=True):
+        """batch of data_depth.augment -> loss, stats."""
+        truth = batch["depth"]  # (B, H, W)
+        prediction = F.interpolate(self.depth(batch["image"]), truth.shape[1:], mode="bilinear", align_corners=True)[:, 0]
+        loss = sig_loss(prediction, truth)
+        if not report:
+            return loss, {}
+        known = truth > 0
+        abs_rel = ((prediction.detach() - truth).abs() / truth.clamp(min=1e-6))[known].mean() if known.any() else truth.new_zeros(())
+        return loss, {"loss": loss.detach(), "abs_rel": abs_rel, "known": known.float().mean()}
+
+
+def sig_loss(prediction, truth):
+    """The scale-invariant logarithmic loss, over all pixels of the batch that have ground truth (truth > 0), in float32:
+    g = log(p + 1e-3) - log(t + 1e-3), sqrt(var(g) + .15 mean(g)^2), the variance unbiased (toolbox, sigloss.py).
+
+    prediction, truth: metres, of one shape. 0, with a gradient of zeros, for fewer than two such pixels; at a perfect prediction the root's
+    infinite slope is cut off.
+    """
+    known = truth > 0
+    g = torch.where(known, torch.log(prediction.float() + 1e-3) - torch.log(truth.float() + 1e-3), 0.0)
+    n = known.sum()  # by sums, not by indexing: no GPU is waited for
+    mean = g.sum() / n.clamp(min=1)
+    variance = torch.where(known, g - mean, 0.0).square().sum() / (n - 1).clamp(min=1)
+    return torch.where(n > 1, (variance + 0.15 * mean.square()).clamp(min=1e-12).sqrt(), g.sum() * 0.0)
+
+
+def one_cycle(step, steps):
+    """The rate at a step, as a share of the highest: from 1/25 along a cosine to 1 at 30 % of the steps, and along another to 1/2500
+    (Smith and Topin 2018, with the constants of mmcv's OneCycle and the toolbox's schedule)."""
+    top = 0.3 * steps - 1
+    low, high, at = (1 / 25, 1.0, step / top) if step < top else (1.0, 1 / 2500, (step - top) / max(steps - 1 - top, 1e-9))
+    return high + (low - high) * (1 + math.cos(math.pi * min(at, 1.0))) / 2
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def check_config(c, world):
+    """-> group, the images of one forward pass. Raises BadInput, naming the flag, for what cannot work."""
+    group = min(c.group, c.batch_size // world)
+    if group < 1 or c.batch_size % (group * world):
+        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
+    runtime.check_range(c, "epochs log_every save_every frame_stride lr max_depth min_depth image_scale labels", 1e-30, 1e30, "above 0")
+    runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e30, "above 0, the smaller first", rising=True)
+    runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames weight_decay clip rotation crop decoder_width", 0, 1e30, "0 or more")
+    runtime.check_range(c, "labels image_scale rotation_p flip colour_p", 0, 1, "from 0 to 1")
+    if c.decoder_width % 16:
+        raise BadInput(f"--decoder-width {c.decoder_width}: must be a multiple of 16, as it is halved four times")
+    if c.min_depth >= c.max_depth:
+        raise BadInput(f"--min-depth {c.min_depth}: must be below --max-depth {c.max_depth:g}")
+    return group
+
+
+def load_pairs(c, run):
+    """-> pairs to train on, pairs held out, notes to print. Raises BadInput as data_depth.find_pairs does, and for held-out pairs that
+    are trained on."""
+    simipu.write_scenes(c, run)
+    train, notes = data_depth.find_pairs(c.dataset, c.data_root, c.depth_root, c.splits, c.frame_stride, c.skip_missing)
+    held_out = []
+    if c.eval_splits or c.eval_root:
+        held_out, more = data_depth.find_pairs(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits, c.frame_stride, c.skip_missing)
+        held_out, notes = data_depth.at_most(held_out, c.eval_frames), notes + more
+    seen = sorted(set(data_depth.inventory(train)) & set(data_depth.inventory(held_out)))
+    if seen:
+        raise BadInput(f"--eval-splits {' '.join(c.eval_splits)}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
+    return data_depth.thin(train, c.labels), held_out, notes
+
+
+def train(c):
+    import eval_depth  # which imports this file
+
+    run = runtime.start_run(c.device, c.seed)
+    group = check_config(c, run.world)
+    accumulate = c.batch_size // (group * run.world)
+
+    # ============ network and optimiser ============
+    model = DepthNet(c).to(run.device, memory_format=torch.channels_last)
+    notes = [weights.load_image_encoder(model.backbone, c.init, c.init_pixels)] if c.init != "none" else []
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.95, 0.99), weight_decay=c.weight_decay, fused=run.device.type == "cuda")
+    optimizer.param_groups[0]["initial_lr"] = c.lr
+    if c.compile:
+        model.compile()
+
+    # ============ data ============
+    pairs, held_out, more = load_pairs(c, run)
+    if len(pairs) < c.batch_size:
+        raise BadInput(f"--batch-size {c.batch_size}: the {len(pairs)} pairs found are too few")
+    inventory = data_depth.inventory(pairs)
+    steps_per_epoch = len(pairs) // c.batch_size
+    steps = c.max_steps or c.epochs * steps_per_epoch
+    # the encoder's start is part of the experiment, the path it lay at is not
+    start = "none" if c.init == "none" else runtime.hash_of(model.backbone.state_dict())
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory), "init": start}
+    loop = runtime.Loop(c, run, model, [optimizer], identity, [p.name for p in pairs], accumulate, judges=bool(held_out))
+    dataset = data_depth.DepthFrames(pairs, c)
+    batches = data.Batches(len(pairs), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
+    stream = data_depth.resident(dataset, batches, run.device) if c.resident else runtime.stream(dataset, batches, data.collate, c.workers, run)
+
+    def next_batch(step):
+        return data_depth.augment(next(stream), data_depth.SCALE[c.dataset], run.device)
+
+    # ============ the loop ============
+    about = runtime.provenance(run) | {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
+    lines = [
+        *notes,
+        *more,
+        f"{c.name}: {len(pairs)} pairs, {len(held_out)} held out, {sum(p.numel() for p in loop.owned) / 1e6:.1f} M parameters, {run.world} x {run.device.type}",
+        f"a step: {c.batch_size} images = {run.world} processes x {accumulate} passes x {group}",
+        f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
+    ]
+    loop.begin(steps, next_batch, about, lines)
+    judged = None
+    for step in loop:
+        loop.update(next_batch, one_cycle(step, steps), c.clip)
+        if loop.reporting:
+            stats = loop.report(step // steps_per_epoch)
+            loop.bar.set_postfix_str(f"loss {stats['loss']:.3f}, abs_rel {stats['abs_rel']:.3f}")
+        if loop.judging:
+            judged = eval_depth.judge(model, held_out, c, run)
+            loop.judged("depth", judged)
+        if loop.saving:
+            loop.save(inventory=inventory)
+    if not loop.stopping:
+        finish(model, c, run, pairs, held_out, loop.folder, judged)
+
+
+def finish(model, c, run, pairs, held_out, folder, judged):
+    """The nine metrics on held-out frames, and a picture of one of them."""
+    import eval_depth
+
+    if held_out and not judged:  # a finished run, started again
+        judged = eval_depth.judge(model, held_out, c, run)
+    if run.main:
+        pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
+        said = eval_depth.draw(model, (held_out or pairs)[0], c, run.device, folder / "depth.png")
+        print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndepth.png: {said}")
+    if held_out and run.main:
+        print("\n" + "\n".join(eval_depth.report(c, {c.name: judged})))
+
+
+def main():
+    runtime.command_line(lambda: tyro.extras.overridable_config_cli(PRESETS), train)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
