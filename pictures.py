@@ -1,7 +1,8 @@
 """Every picture that the programs draw. A stranger should read each without being told more: titles that say what to look for,
 axes in metres or pixels, seen from above with forward up and left on the left.
 
-Curves and pairs end a training run; `python eval.py show` draws projection, pairs, features and similarity of one frame.
+Curves and pairs end a training run; `python eval.py show` draws projection, pairs, features and similarity of one frame; draw_depth
+draws a depth map beside its ground truth.
 The functions take a model of simipu.py, batches of data.augment, of which they draw the first frame, and the PNG to write;
 what they measure on the way comes back as a line of text.
 """
@@ -419,3 +420,84 @@ def draw_similarity(view, found, path, place, title):
     _from_above(above, "the lower picture from above" if inter else "the same from above")
     _save(plt, figure, path)
     return said
+
+
+# -----------------------------------------------------------------------------
+# depth maps
+
+WORST = 0.3  # relative error at which the colours of draw_depth end
+TICKS = (0.2, 0.5, 1, 2, 3, 5, 7, 10, 20, 30, 50, 80, 150)  # metres, on its scale
+
+
+def draw_depth(image, prediction, truth, path, title, high=None):
+    """Is the depth right, and where not? Image, error, prediction and ground truth, the last two on one scale, logarithmic as errors
+    are relative: a metre matters near the camera. -> what was measured, over all ground truth: no crop, no range, nothing clipped.
+
+    image: (H, W, 3), uint8 or in [0, 1]; prediction, truth: metres (H, W), truth 0 where there is none. high: metres at which the
+    scale ends, so that pictures can be compared; by default where these two maps do. Sparse truth is drawn as dots large enough to
+    meet. Raises BadInput for maps of other sizes.
+    """
+    height, width = truth.shape
+    if not np.shape(prediction) == np.shape(image)[:2] == (height, width):
+        sizes = " x ".join(map(str, np.shape(prediction))), " x ".join(map(str, np.shape(image)[:2]))
+        raise data.BadInput(f"{title}: prediction is {sizes[0]} (height x width), image {sizes[1]}, ground truth {height} x {width}; must be of one size")
+    prediction, truth = np.asarray(prediction, np.float64), np.asarray(truth, np.float64)
+    known, drawn = truth > 0, np.isfinite(prediction)
+    both = known & drawn
+    error = np.abs(prediction[both] - truth[both]) / truth[both]
+    if both.any():
+        off = np.median(prediction[both] / truth[both])
+        measured = f"{100 * error.mean():.1f} % off on average, {100 * np.median(error):.1f} % at the median; predictions are {off:.2f} times ground truth at the median"
+    else:
+        measured = "no ground truth to compare with"
+
+    plt, figure = _figure(16, 15.0 * height / width + 1.7)
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    values = np.concatenate([truth[known], prediction[drawn & (prediction > 0)]])
+    low, far = np.quantile(values, [0.002, 0.998]) if len(values) else (1, 10)  # a few stray pixels do not stretch the scale
+    far = high or far
+    metres = {"norm": LogNorm(min(low, far / 2), far), "cmap": "turbo"}
+    relative = {"vmin": 0, "vmax": WORST, "cmap": "viridis"}
+    figure.suptitle(f"{title}: {measured}", fontsize=12)
+    axes = figure.subplots(2, 2)
+    (upper_left, upper_right), (lower_left, lower_right) = axes
+
+    share = known.mean()
+    rows, columns = np.nonzero(both)
+    order = np.argsort(-truth[both], kind="stable")  # near over far
+    side = float(np.clip(1.2 * share**-0.5, 1, 8)) if share else 1.0  # pixels a dot must be wide to meet its neighbours
+
+    def sparse(axis, values, style):
+        """Values (n,) at the pixels with ground truth. Where few have it, as enlarged dots."""
+        axis.set_facecolor("0.85")
+        if share > 0.5:
+            map = np.full((height, width), np.nan)
+            map[rows, columns] = values
+            return axis.imshow(map, interpolation="nearest", **style)
+        axis.set_aspect("equal")
+        return axis.scatter(columns[order], rows[order], c=values[order], s=(side * 7.1 * 72 / width) ** 2, marker="s", linewidths=0, **style)
+
+    upper_left.imshow(image)
+    upper_left.set_title("image", fontsize=10)
+    wrong = sparse(upper_right, error, relative)
+    upper_right.set_title("error: |prediction - ground truth| / ground truth, grey where no ground truth is", fontsize=10)
+    shown = lower_left.imshow(np.where(drawn, prediction, np.nan).clip(1e-3), interpolation="nearest", **metres)
+    lower_left.set_facecolor("0.85")
+    lower_left.set_title("prediction, m", fontsize=10)
+    sparse(lower_right, truth[both], metres)
+    what = f"{100 * share:.0f} % of pixels have it" + f", drawn {side:.1f} pixels wide" * (share <= 0.5)
+    lower_right.set_title(f"ground truth, m, on the same scale ({what})", fontsize=10)
+    for axis in axes.flat:
+        axis.set_xlim(-0.5, width - 0.5)
+        axis.set_ylim(height - 0.5, -0.5)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.colorbar(wrong, ax=[upper_left, upper_right], label="relative error", extend="max", pad=0.01, format=lambda x, _: f"{100 * x:.0f} %")
+    bar = figure.colorbar(shown, ax=[lower_left, lower_right], label="depth, m", extend="both", pad=0.01, format="%g")
+    bar.ax.yaxis.set_major_locator(FixedLocator([t for t in TICKS if metres["norm"].vmin <= t <= far]))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    _save(plt, figure, path)
+    missing = int((known & ~drawn).sum())
+    return f"{int(both.sum())} pixels with ground truth, {100 * share:.1f} % of all: {measured}" + f"; prediction NaN or infinite at {missing}" * bool(missing)
