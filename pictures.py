@@ -451,7 +451,7 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     else:
         measured = "no ground truth to compare with"
 
-    plt, figure = _figure(16, 15.0 * height / width + 1.7)
+    plt, figure = _figure(16, 14.9 * height / width + 1.2)
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -464,30 +464,30 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     axes = figure.subplots(2, 2)
     (upper_left, upper_right), (lower_left, lower_right) = axes
 
-    share = known.mean()
+    share = float(known.mean())
     rows, columns = np.nonzero(both)
     order = np.argsort(-truth[both], kind="stable")  # near over far
     side = float(np.clip(1.2 * share**-0.5, 1, 8)) if share else 1.0  # pixels a dot must be wide to meet its neighbours
 
-    def sparse(axis, values, style):
-        """Values (n,) at the pixels with ground truth. Where few have it, as enlarged dots."""
+    def known_only(axis, values, style):
+        """Values (n,) at the pixels with ground truth; where less than half have it, as enlarged dots."""
         axis.set_facecolor("0.85")
         if share > 0.5:
             map = np.full((height, width), np.nan)
             map[rows, columns] = values
             return axis.imshow(map, interpolation="nearest", **style)
         axis.set_aspect("equal")
-        return axis.scatter(columns[order], rows[order], c=values[order], s=(side * 7.1 * 72 / width) ** 2, marker="s", linewidths=0, **style)
+        return axis.scatter(columns[order], rows[order], c=values[order], s=(side * 7.4 * 72 / width) ** 2, marker="s", linewidths=0, **style)
 
     upper_left.imshow(image)
     upper_left.set_title("image", fontsize=10)
-    wrong = sparse(upper_right, error, relative)
+    wrong = known_only(upper_right, error, relative)
     upper_right.set_title("error: |prediction - ground truth| / ground truth, grey where no ground truth is", fontsize=10)
     shown = lower_left.imshow(np.where(drawn, prediction, np.nan).clip(1e-3), interpolation="nearest", **metres)
     lower_left.set_facecolor("0.85")
     lower_left.set_title("prediction, m", fontsize=10)
-    sparse(lower_right, truth[both], metres)
-    what = f"{100 * share:.0f} % of pixels have it" + f", drawn {side:.1f} pixels wide" * (share <= 0.5)
+    known_only(lower_right, truth[both], metres)
+    what = f"{100 * share:.0f} % of pixels have it" + f", drawn {side:.1f} pixels wide" * (0 < share <= 0.5)
     lower_right.set_title(f"ground truth, m, on the same scale ({what})", fontsize=10)
     for axis in axes.flat:
         axis.set_xlim(-0.5, width - 0.5)
