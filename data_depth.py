@@ -23,8 +23,8 @@ import data
 from data import BadInput
 
 SCALE = {"kitti": 256, "nyu": 1000, "kitti_lidar": 256, "scenes": 256}  # units of a depth file per metre
-KB_CROP = (1216, 352)  # (width, height): what all of KITTI's image sizes have in common, without the sky (BTS; the toolbox's KBCrop)
-NYU_BORDER = (slice(45, 472), slice(43, 608))  # rows, columns of 480 x 640 inside the white frame of NYU's images; in training alone
+KB = (352, 1216)  # height, width of KITTI's benchmark test images: what all of its sizes have in common, without the sky
+NYU_INSIDE = (slice(45, 472), slice(43, 608))  # rows, columns of 480 x 640 inside the white frame of NYU's images
 IMAGE_FOLDERS = {"kitti": ("", "input", "raw", "kitti_raw"), "nyu": ("", "sync", "official_splits/test")}
 DEPTH_FOLDERS = {"kitti": ("", "gt_depth", "data_depth_annotated"), "nyu": IMAGE_FOLDERS["nyu"]}
 CAMERA = {"l": "image_02", "r": "image_03"}  # monodepth2's sides
@@ -131,16 +131,18 @@ def inventory(pairs):
 
 
 def read_depth(path):
-    """uint16 (H, W), 0 where nothing is known. Raises BadInput for anything but a 16-bit image of one channel."""
+    """A PNG of 16 bits -> uint16 (H, W), 0 where nothing is known. Raises BadInput for a file that is missing, broken, or any other picture:
+    8-bit ones are often drawings of depth."""
     try:
         with Image.open(path) as image:
-            if not image.mode.startswith("I;16"):
-                raise BadInput(f"{path}: not a 16-bit depth map; its pixels are of mode {image.mode}")
-            return np.asarray(image).astype(np.uint16)
+            kind = image.format, image.mode
+            if kind in (("PNG", "I;16"), ("PNG", "I")):  # Pillow's names for 16-bit grey, now and before version 11
+                return np.asarray(image).astype(np.uint16)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise BadInput(f"{path}: not a readable image ({e})") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow answers a broken png with any
+        raise BadInput(f"{path}: not a readable PNG ({getattr(e, 'strerror', None) or str(e).splitlines()[0]})") from None
+    raise BadInput(f"{path}: a {kind[0]} of mode {kind[1]}; depth must be a PNG of one 16-bit channel")
 
 
 def sweep_depth(points, lidar2img, width, height):
@@ -171,18 +173,23 @@ def load_pair(pair):
     return image, depth
 
 
-def border(dataset, width, height, training):
-    """What is cut off before anything else, as (rows, columns) slices: KITTI's crop always, NYU's frame in training. Raises BadInput for
-    images that are smaller."""
+def kb_window(height, width):
+    """Rows and columns, as slices, of the KITTI crop: flush with the bottom, and in the middle. Raises BadInput for a smaller map."""
+    if height < KB[0] or width < KB[1]:
+        raise BadInput(f"a map of {height} x {width} (height x width): too small for KITTI's crop of {KB[0]} x {KB[1]}")
+    left = int((width - KB[1]) / 2)
+    return slice(height - KB[0], height), slice(left, left + KB[1])
+
+
+def without_border(dataset, height, width, training):
+    """What the network gets of an image, as slices of rows and columns: KITTI's crop always; NYU's without its white frame, in training
+    alone, since its test images are whole; else everything. Raises BadInput for images of other sizes."""
     if dataset in ("kitti", "kitti_lidar"):
-        top, left = height - KB_CROP[1], int((width - KB_CROP[0]) / 2)
-        if top < 0 or width < KB_CROP[0]:
-            raise BadInput(f"{width} x {height} pixels are smaller than KITTI's crop of {KB_CROP[0]} x {KB_CROP[1]}")
-        return slice(top, height), slice(left, left + KB_CROP[0])
+        return kb_window(height, width)
     if dataset == "nyu" and training:
-        if (width, height) != (640, 480):
-            raise BadInput(f"{width} x {height} pixels, where NYU has 640 x 480")
-        return NYU_BORDER
+        if (height, width) != (480, 640):
+            raise BadInput(f"a map of {height} x {width} (height x width), where NYU has 480 x 640")
+        return NYU_INSIDE
     return slice(0, height), slice(0, width)
 
 
@@ -193,6 +200,12 @@ def border(dataset, width, height, training):
 def resized(size, scale):
     """Width and height of an image of `size` times `scale`, whole pixels."""
     return [max(1, round(edge * scale)) for edge in size]
+
+
+def resizing(window, size, corner=(0, 0)):
+    """The affine (3, 3) float64 that makes of a window (width, height), whose corner lies at pixel `corner`, an image of `size`."""
+    sx, sy = size[0] / window[0], size[1] / window[1]
+    return np.array([[sx, 0, (0.5 - corner[0]) * sx - 0.5], [0, sy, (0.5 - corner[1]) * sy - 0.5], [0, 0, 1]])
 
 
 def random_affine(rng, width, height, rotation, rotation_p, flip, crop, scale):
@@ -207,9 +220,7 @@ def random_affine(rng, width, height, rotation, rotation_p, flip, crop, scale):
     window = [min(c, edge) or edge for c, edge in zip(crop, (width, height))]
     corner = [int(rng.integers(0, edge - w + 1)) for edge, w in zip((width, height), window)]
     size = resized(window, scale)
-    sx, sy = size[0] / window[0], size[1] / window[1]
-    cut = np.array([[sx, 0, (0.5 - corner[0]) * sx - 0.5], [0, sy, (0.5 - corner[1]) * sy - 0.5], [0, 0, 1]])
-    return cut @ mirror @ turn, size
+    return resizing(window, size, corner) @ mirror @ turn, size
 
 
 def random_colours(rng, p, gamma, brightness, channels):
@@ -236,7 +247,7 @@ class DepthFrames(torch.utils.data.Dataset):
         pair = self.pairs[index]
         image, depth = load_pair(pair)
         try:
-            part = border(self.c.dataset, image.shape[1], image.shape[0], training=True)
+            part = without_border(self.c.dataset, *depth.shape, training=True)
         except BadInput as e:
             raise BadInput(f"{pair.image}: {e}") from None
         return {"image": image[part], "depth": depth[part].view(np.int16)}  # torch does little with uint16

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import tyro
 
 import data
+import eval_depth
 import ops_triton as ops
 import pictures
 import runtime
@@ -44,15 +45,9 @@ FEW = 8  # the same, for pictures
 def load_run(path, device="cpu"):
     """A run's last.pt: the whole model, in eval mode, its Config, and all that the file says. Raises BadInput for any other file."""
     saved = runtime.read_checkpoint(path)
-    if not isinstance(saved, dict) or not {"model", "config", "step", "identity"} <= saved.keys():
-        raise BadInput(f"{path}: not a last.pt of simipu.py")
-    fields = {f.name for f in dataclasses.fields(simipu.Config)}
-    c = simipu.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in fields})
+    c = runtime.config_of(saved, simipu.Config, path, "simipu.py")
     model = simipu.SimIPU(c)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:  # a page of names
-        raise BadInput(f"{path}: its weights are not those of its config; made by another revision ({saved.get('git')})?") from None
+    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
     return model.to(device).eval(), c, saved
 
 
@@ -552,7 +547,7 @@ def show(
 
 
 def main():
-    runtime.commands({"match": match_command, "probe": probe_command, "show": show, "export": weights.export}, __doc__)
+    runtime.commands({"match": match_command, "probe": probe_command, "show": show, "depth": eval_depth.depth, "export": weights.export}, __doc__)
 
 
 if __name__ == "__main__":

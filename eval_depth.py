@@ -12,15 +12,26 @@ by running it. Wrong input raises `BadInput`, one line.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
 from PIL import Image
+from tqdm import tqdm
 
+import data
+import data_depth
+import pictures
+import runtime
 from data import BadInput
+from data_depth import KB, kb_window
 
+CROPS = {"kitti": "garg", "kitti_lidar": "garg", "nyu": "eigen", "scenes": "none"}  # where ground truth counts, by data set
+STANDARD = {"kitti": 652, "nyu": 654}  # images of the test splits that papers report, with ground truth
 EIGEN = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "silog", "log10")  # of 1: a1 to a3, abs_rel; metres: sq_rel, rmse; silog x 100
 BENCHMARK = ("SILog", "absErrorRel", "sqErrorRel", "iRMSE")  # the leaderboard's names: x 100, %, % (over squared ground truth), 1/km
-KB = (352, 1216)  # height, width of the crop that KITTI's benchmark test images have, and all predictions are cut to
 GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)  # Garg's crop: rows from, to, columns from, to, as shares of the edges
 
 # Last lines of the official logs (configs/simipu/resources/logs): one run each, ResNet-50, 24 epochs, flip test-time augmentation
@@ -44,17 +55,10 @@ PUBLISHED = {
 # metrics
 
 
-def kb_window(height, width):
-    """(top, left) of the KITTI crop: flush with the bottom, and in the middle. Raises BadInput for a smaller map."""
-    if height < KB[0] or width < KB[1]:
-        raise BadInput(f"a map of {height} x {width} (height x width): too small for KITTI's crop of {KB[0]} x {KB[1]}")
-    return height - KB[0], int((width - KB[1]) / 2)
-
-
 def kb_crop(map):
     """KITTI's maps as they are scored: (..., H, W) -> (..., 352, 1216), numpy or torch. Raises BadInput for a smaller one."""
-    top, left = kb_window(*map.shape[-2:])
-    return map[..., top : top + KB[0], left : left + KB[1]]
+    rows, columns = kb_window(*map.shape[-2:])
+    return map[..., rows, columns]
 
 
 def crop_mask(height, width, crop):
@@ -161,18 +165,8 @@ def mean_over_images(rows):
 
 
 def read_depth(path, scale):
-    """A 16-bit PNG of metres x scale -> float32 metres (H, W); 0 stays 0. Raises BadInput for a file that is missing, broken, or any
-    other picture: 8-bit ones are often drawings of depth."""
-    try:
-        with Image.open(path) as image:
-            kind = image.format, image.mode
-            if kind in (("PNG", "I;16"), ("PNG", "I")):  # Pillow's names for 16-bit grey, now and before version 11
-                return np.asarray(image).astype(np.float32) / np.float32(scale)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # Pillow answers a broken png with any
-        raise BadInput(f"{path}: not a readable PNG ({getattr(e, 'strerror', None) or str(e).splitlines()[0]})") from None
-    raise BadInput(f"{path}: a {kind[0]} of mode {kind[1]}; depth must be a PNG of one 16-bit channel")
+    """data_depth.read_depth in metres, float32."""
+    return data_depth.read_depth(path).astype(np.float32) / np.float32(scale)
 
 
 def write_depth(depth, path, scale):
@@ -200,8 +194,13 @@ def match_prediction(prediction, truth_shape, path):
     if prediction.shape != KB or height < KB[0] or width < KB[1]:
         size = " x ".join(map(str, prediction.shape))
         raise BadInput(f"{path}: {size} (height x width), ground truth is {height} x {width}; must be that, or KITTI's crop of it, {KB[0]} x {KB[1]}")
-    top, left = kb_window(height, width)
-    return np.pad(prediction, ((top, 0), (left, width - KB[1] - left)), mode="edge")
+    return fill_border(prediction, kb_window(height, width), truth_shape)
+
+
+def fill_border(prediction, part, shape):
+    """A prediction of `part` (slices of rows and columns) of an image of `shape`, its edges continued over the rest."""
+    around = [(s.start, edge - s.stop) for s, edge in zip(part, shape)]
+    return np.pad(prediction, around, mode="edge")
 
 
 def find_prediction(folder, name, also=()):
@@ -233,3 +232,168 @@ def depth_table(rows, images):
     for name, r in rows.items():
         lines.append(" ".join([f"{name:>{width}}", *(f"{r[k]:8.{digits[k]}f}" if k in r else f"{'-':>8}" for k in EIGEN)]))
     return lines
+
+
+def report(c, rows):
+    """Lines of text for {name: result of `judge`}; the published rows too, where the test split is the one they are of."""
+    first = next(iter(rows.values()))
+    known = PUBLISHED[c.dataset] if STANDARD.get(c.dataset) == first["images"] else {}
+    lines = depth_table({name: r["eigen"] for name, r in rows.items()} | known, first["images"])
+    lines[0] += f"; {c.min_depth:g} to {c.max_depth:g} m, crop {CROPS[c.dataset]}" + f"; {first['left_out']} left out, without ground truth" * (first["left_out"] > 0)
+    for name, r in rows.items():
+        lines.append(f"{name}, as KITTI's benchmark (no range, no crop): " + ", ".join(f"{k} {r['benchmark'][k]:.2f}" for k in BENCHMARK))
+    return lines
+
+
+# -----------------------------------------------------------------------------
+# a network's predictions
+
+
+@torch.no_grad()
+def predict(model, image, c, device):
+    """Depth of a whole image, averaged with that of its mirror image. model: finetune_depth.DepthNet in eval mode; image (H, W, 3) uint8;
+    c: finetune_depth.Config. -> float32 metres (H, W). What lies outside KITTI's crop, which the network never sees, continues the edges."""
+    part = data_depth.without_border(c.dataset, *image.shape[:2], training=False)
+    seen = image[part].copy()  # torch wants it writable
+    height, width = seen.shape[:2]
+    size = data_depth.resized((width, height), c.image_scale)
+    A = torch.from_numpy(data_depth.resizing((width, height), size))[None]
+    pixels = torch.from_numpy(seen).to(device).permute(2, 0, 1)[None]
+    x = data.warp_images(pixels, torch.tensor([[width, height]]), A, torch.eye(3, 4)[None], size)
+    with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
+        depth = model.depth(torch.cat([x, x.flip(3)])).clamp(c.min_depth, c.max_depth)
+    depth = F.interpolate(depth, (height, width), mode="bilinear", align_corners=True)[:, 0]
+    return fill_border(((depth[0] + depth[1].flip(1)) / 2).cpu().numpy(), part, image.shape[:2])
+
+
+def score(prediction, truth, c, name):
+    """Both protocols' figures of one image, each None without ground truth. prediction, truth: metres (H, W), whole images."""
+    part = data_depth.without_border(c.dataset, *truth.shape, training=False)
+    eigen = eigen_metrics(prediction[part], truth[part], c.min_depth, c.max_depth, CROPS[c.dataset], name)
+    return eigen, benchmark_metrics(prediction, truth, name)
+
+
+def summary(scored):
+    """{"eigen", "benchmark": means over images; "images", "left_out": how many} of the results of `score`."""
+    eigen, images, left_out = mean_over_images([e for e, _ in scored])
+    return {"eigen": eigen, "benchmark": mean_over_images([b for _, b in scored])[0], "images": images, "left_out": left_out}
+
+
+def load(pair, c):
+    """-> image (H, W, 3) uint8, ground truth (H, W) float32 metres."""
+    image, depth = data_depth.load_pair(pair)
+    return image, depth.astype(np.float32) / np.float32(data_depth.SCALE[c.dataset])
+
+
+def judge(model, pairs, c, run):
+    """A network's figures on pairs, on every rank; each takes its share. -> result of `summary`. The model is left in eval mode, and with
+    rank 0's batch statistics, which are those that a checkpoint holds."""
+    runtime.follow_main(model, run)
+    model.eval()
+    scored = []
+    for i in tqdm(range(run.rank, len(pairs), run.world), desc="judging", disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1):
+        image, truth = load(pairs[i], c)
+        scored.append((i, score(predict(model, image, c, run.device), truth, c, pairs[i].name)))
+    return summary([s for _, s in sorted(run.gather(scored), key=lambda row: row[0])])
+
+
+def draw(model, pair, c, device, path):
+    """Picture of a pair; -> what was measured, in words."""
+    image, truth = load(pair, c)
+    return pictures.draw_depth(image, predict(model.eval(), image, c, device), truth, path, pair.name, c.max_depth)
+
+
+# -----------------------------------------------------------------------------
+# python eval.py depth
+
+
+def load_model(path, preset, device):
+    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of. -> model in eval mode, its Config,
+    name. Raises BadInput for any other file."""
+    import finetune_depth  # which imports this file
+
+    saved = runtime.read_checkpoint(path)
+    if isinstance(saved, dict) and any(str(k).startswith("decode_head.") for k in saved.get("state_dict", ())):
+        if not preset:
+            raise BadInput(f"{path}: a checkpoint of the toolbox; --preset must say of what: kitti or nyu")
+        c, tensors = finetune_depth.PRESETS[preset][1], saved["state_dict"]
+    else:
+        c, tensors = runtime.config_of(saved, finetune_depth.Config, path, "finetune_depth.py"), saved["model"]
+    model = finetune_depth.DepthNet(c)
+    runtime.load_exactly(model, tensors, path)
+    return model.to(device).eval(), c
+
+
+def bts_names(name):
+    """What others call the prediction for an image of KITTI: DRIVE_FRAME (BTS), DRIVE_image_FRAME_CAMERA (KITTI's benchmark)."""
+    parts = name.split("/")
+    return [f"{parts[-4]}_{parts[-1]}", f"{parts[-4]}_image_{parts[-1]}_{parts[-3]}"] if len(parts) >= 4 else []
+
+
+def depth(
+    source: tyro.conf.Positional[Path],
+    preset: Literal["demo", "kitti", "nyu", "kitti_lidar"] | None = None,
+    data_root: tuple[str, ...] = (),
+    depth_root: str = "",
+    splits: tuple[str, ...] = (),
+    frames: int = 0,
+    frame_stride: int = 0,
+    skip_missing: bool = False,
+    save: Path | None = None,
+    drawn: int = 8,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+):
+    """Depth metrics of a network, or of anybody's predictions: Eigen style, and as KITTI's benchmark has them.
+
+    Args:
+        source: last.pt of finetune_depth.py; a checkpoint of the depth toolbox; or a folder of 16-bit PNGs, one an image, at its size or that
+            of KITTI's crop, metres times 256 (NYU: 1000).
+        preset: What a folder, or the toolbox's checkpoint, is of: data set, crops and range of depth. A last.pt says that itself.
+        data_root: Folders of images; by default the run's, or the preset's.
+        depth_root: Folder of ground truth, likewise.
+        splits: Split files, or names in ImageSets/; by default the --eval-splits.
+        frames: At most so many images, evenly spread; 0 for all.
+        frame_stride: Of raw drives without split files: keep every n-th frame.
+        skip_missing: Leave out pairs that lack a file, instead of stopping at them.
+        save: Folder to write predictions to, as 16-bit PNGs at the images' size, and pictures of some beside their ground truth.
+        drawn: So many pictures, evenly spread.
+        device: auto is the GPU if there is one.
+    """
+    import finetune_depth
+
+    run = runtime.start_run(device)
+    if source.is_dir():
+        if not preset:
+            raise BadInput(f"{source}: a folder of predictions; --preset must say of what: {', '.join(finetune_depth.PRESETS)}")
+        model, c = None, finetune_depth.PRESETS[preset][1]
+    else:
+        model, c = load_model(source, preset, run.device)
+    skip = skip_missing or c.skip_missing
+    pairs, notes = data_depth.find_pairs(
+        c.dataset, data_root or c.eval_root or c.data_root, depth_root or ("" if data_root else c.depth_root), splits or c.eval_splits, frame_stride or c.frame_stride, skip
+    )
+    pairs = data_depth.at_most(pairs, frames or (0 if splits else c.eval_frames))
+    scale = data_depth.SCALE[c.dataset]
+    pictured = set(data_depth.at_most(range(len(pairs)), drawn)) if drawn else set()
+
+    scored = []
+    for i, pair in enumerate(tqdm(pairs, dynamic_ncols=True, mininterval=1)):
+        image, truth = load(pair, c)
+        if model:
+            prediction, name = predict(model, image, c, run.device), pair.name
+        else:
+            path = find_prediction(source, pair.name, bts_names(pair.name))
+            prediction, name = match_prediction(read_depth(path, scale), truth.shape, path), str(path)
+        scored.append(score(prediction, truth, c, name))
+        if save:
+            flat = pair.name.replace("/", "_") + ".png"
+            try:
+                (save / "pictures").mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise BadInput(f"--save {save}: {e.strerror}") from None
+            write_depth(prediction, save / flat, scale)
+            if i in pictured:
+                pictures.draw_depth(image, prediction, truth, save / "pictures" / flat, pair.name, c.max_depth)
+    print("\n".join([*notes, *report(c, {source.parent.name if model else source.name: summary(scored)})]))
+    if save:
+        print(f"wrote {len(pairs)} predictions and {len(pictured)} pictures into {save}/")

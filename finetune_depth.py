@@ -334,7 +334,7 @@ def train(c):
         return data_depth.augment(next(stream), data_depth.SCALE[c.dataset], run.device)
 
     # ============ the loop ============
-    about = runtime.provenance(run) | {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
+    about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
     lines = [
         *notes,
         *more,
@@ -365,7 +365,7 @@ def finish(model, c, run, pairs, held_out, folder, judged):
     if held_out and not judged:  # a finished run, started again
         judged = eval_depth.judge(model, held_out, c, run)
     if run.main:
-        pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
+        pictures.draw_depth_curves(folder / "log.jsonl", folder / "curves.png")
         said = eval_depth.draw(model, (held_out or pairs)[0], c, run.device, folder / "depth.png")
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndepth.png: {said}")
     if held_out and run.main:

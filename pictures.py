@@ -70,26 +70,44 @@ def draw_curves(log_path, path):
     """Losses with their chance levels, top-1, mean cosines and, if the run was judged more than once, matching on unseen frames,
     from log.jsonl to a PNG."""
     lines = runtime.read_log(log_path)
-    log, judged = ([line for line in lines if key in line] for key in ("lr", "match"))
-    if not log:  # a finished run whose log was deleted
-        return
-    judged = [line for line in judged if "gap" in line["match"]]
-    plt, figure = _figure(13 + 4 * (len(judged) > 1), 3.6)
-    left, middle, right, *last = figure.subplots(1, 3 + (len(judged) > 1))
+    log = [line for line in lines if "lr" in line]
+    judged = [line for line in lines if "gap" in line.get("match", ())]
+    losses, top1, cosines, ranks = panels = [], [], [], []
     steps = [line["step"] for line in log]
     for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
-        if loss in log[0]:
-            left.plot(steps, [line[loss] for line in log], color=colour, label=loss)
-            left.plot(steps, [line[loss + "_chance"] for line in log], color=colour, ls=":", label=f"{loss}, chance")
-            middle.plot(steps, [100 * line[loss + "_top1"] for line in log], color=colour, label=loss)
-            right.plot(steps, [line[loss + "_positive"] for line in log], color=colour, label=f"{loss}, matched")
-            right.plot(steps, [line[loss + "_negative"] for line in log], color=colour, ls=":", label=f"{loss}, unmatched")
-    for axis in last:
-        for which, colour in (("right", "tab:green"), ("wrong", "tab:red")):
-            label = {"right": "the right image", "wrong": "another frame's"}[which]
-            axis.plot([line["step"] for line in judged], [line["match"][which + "_rank"] for line in judged], "o-", ms=3, color=colour, label=label)
-    titles = ("InfoNCE loss", "top-1, %", "mean cosine", "unseen frames: median rank, %")
-    for axis, title in zip((left, middle, right, *last), titles):
+        if log and loss in log[0]:
+            drawn = {"": losses, "_chance": losses, "_top1": top1, "_positive": cosines, "_negative": cosines}
+            values = {key: [line[loss + key] * (100 if key == "_top1" else 1) for line in log] for key in drawn}
+            labels = {"": "", "_chance": ", chance", "_top1": "", "_positive": ", matched", "_negative": ", unmatched"}
+            for key, panel in drawn.items():
+                panel.append((steps, values[key], {"color": colour, "ls": ":" if key in ("_chance", "_negative") else "-", "label": loss + labels[key]}))
+    for which, colour, label in (("right", "tab:green", "the right image"), ("wrong", "tab:red", "another frame's")):
+        if len(judged) > 1:
+            ranks.append(([line["step"] for line in judged], [line["match"][which + "_rank"] for line in judged], {"color": colour, "marker": "o", "ms": 3, "label": label}))
+    _draw_panels(dict(zip(("InfoNCE loss", "top-1, %", "mean cosine", "unseen frames: median rank, %"), panels)), path)
+
+
+def draw_depth_curves(log_path, path):
+    """Loss, relative error on training crops and, at the steps it was judged, on whole unseen images, and the learning rate, from log.jsonl to a PNG."""
+    lines = runtime.read_log(log_path)
+    log, judged = ([line for line in lines if key in line] for key in ("lr", "depth"))
+    steps = [line["step"] for line in log]
+    errors = [(steps, [line["abs_rel"] for line in log], {"color": "tab:blue", "label": "training crops"})]
+    unseen = [line["depth"]["eigen"]["abs_rel"] for line in judged]
+    errors.append(([line["step"] for line in judged], unseen, {"color": "tab:green", "marker": "o", "ms": 3, "label": "unseen images"}))
+    loss, rate = ((steps, values, {"label": label}) for values, label in (([line["loss"] for line in log], "SigLoss"), ([line["lr"][0] for line in log], "AdamW")))
+    _draw_panels({"loss": [loss], "relative error (abs_rel)": errors, "learning rate": [rate]} if log else {}, path)
+
+
+def _draw_panels(panels, path):
+    """{title: [(x, y, style)]}, side by side; nothing at all if there is nothing to draw (a finished run whose log was deleted)."""
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        return
+    plt, figure = _figure(1 + 4 * len(panels), 3.6)
+    for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for x, y, style in curves:
+            axis.plot(x, y, **style)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)

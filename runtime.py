@@ -119,6 +119,12 @@ class _GatherRows(torch.autograd.Function):
         return grad[start : start + ctx.counts[ctx.rank]], None
 
 
+def follow_main(model, run):
+    """Rank 0's buffers, such as batch norm's running statistics, on every rank: what a checkpoint holds."""
+    for buffer in model.buffers() if run.world > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
 def gather_rows(x):
     """Rows x (n, D) of all ranks, in rank order, with gradients back to the rank that owns them; and each rank's n, which may
     differ. -> (sum of n, D), list of n."""
@@ -207,8 +213,8 @@ def cut_log(path, step):
     os.replace(temporary, path)
 
 
-def provenance(run):
-    """What a run depends on besides its config and its data: the code, the packages, the machine."""
+def provenance(run, script):
+    """What a run depends on besides its config and its data: the code (`script`, a __file__), the packages, the machine."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -221,7 +227,7 @@ def provenance(run):
             packages[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()
     machine = {"processes": run.world, "device": device, "threads": torch.get_num_threads(), "python": platform.python_version()}
-    return {"git": revision, "dirty": dirty, "packages": packages, "machine": machine}
+    return {"script": Path(script).name, "git": revision, "dirty": dirty, "packages": packages, "machine": machine}
 
 
 def save_atomically(obj, path):
@@ -251,6 +257,22 @@ def check_range(c, flags, low, high, what, rising=False):
 def as_json(c, without=()):
     """A config as plain values that survive a checkpoint and a comparison (tuples become lists)."""
     return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(c))).items() if k not in without}
+
+
+def config_of(saved, Config, path, script):
+    """The Config of a last.pt's run. Raises BadInput for files that `script` did not write."""
+    if not isinstance(saved, dict) or not {"model", "config", "step", "identity"} <= saved.keys() or saved.get("script") != script:
+        raise BadInput(f"{path}: not a last.pt of {script}")
+    fields = {f.name for f in dataclasses.fields(Config)}
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in fields})
+
+
+def load_exactly(model, tensors, path, made_by=None):
+    """load_state_dict. Raises BadInput, one line, where names or shapes differ."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:  # a page of names
+        raise BadInput(f"{path}: its weights are not those of its config" + f"; made by another revision ({made_by})?" * bool(made_by)) from None
 
 
 def hash_of(state_dict):

@@ -677,7 +677,7 @@ def train(c):
         return data.augment(next(stream), data.random_image_scale(c.image_scale, c.seed, step), run.device)
 
     # ============ the loop ============
-    about = runtime.provenance(run) | {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
+    about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
     million = sum(p.numel() for p in loop.owned) / 1e6
     smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < c.group)
     lines = [
