@@ -2,11 +2,13 @@
 
     python ablate.py --seeds 0 1 2 --jobs 2                                        # on the demo's built-in scenes
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
+    python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25  # what is the initialisation worth, downstream?
 
-Flags that are not this script's own go to simipu.py. Every run is `simipu.py demo FLAGS VARIANT --seed S`, in out/NAME/VARIANT/SEED,
-and is left alone if it has been finished before with the same flags; so a table that was interrupted goes on where it stopped. The
-table, in Markdown: mean over seeds, and their range, of the last step's matching (eval.py says what the figures are); no run and no
-step is picked. `random` is the untrained network. --gather-negatives needs several processes; groups of 8 ask the same question.
+Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth. Every run is `SCRIPT
+demo FLAGS VARIANT --seed S` (another preset by --preset), in out/NAME/VARIANT/SEED, and is left alone if it has been finished before with
+the same flags; so a table that was interrupted goes on where it stopped. The table, in Markdown: mean over seeds, and their range, of
+the last step's figures (eval.py says what they are); no run and no step is picked. `random` is the untrained network.
+--gather-negatives needs several processes; groups of 8 ask the same question.
 """
 
 import dataclasses
@@ -17,11 +19,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
 
 import eval as evaluate
+import finetune_depth
 import runtime
 import simipu
 from data import BadInput
@@ -44,15 +49,43 @@ VARIANTS = {
 }
 
 
-def parse(arguments):
-    return tyro.extras.overridable_config_cli(simipu.PRESETS, args=arguments)
+@dataclasses.dataclass
+class Task:
+    """What is run, and which figures of its judgement (the key in log.jsonl) make the table: {title: (names of a figure, factor)}."""
+
+    script: ModuleType
+    key: str
+    columns: dict
+
+    def parse(self, preset, arguments):
+        return tyro.extras.overridable_config_cli(self.script.PRESETS, args=[preset, *arguments])
 
 
-def judged(folder, c):
-    """The last step's matching of a run, None if it is not there yet. Raises BadInput if it was another run."""
+TASKS = {
+    "match": Task(
+        simipu,
+        "match",
+        {
+            "rank, right image, %": ("right_rank", 1), "rank, another's, %": ("wrong_rank", 1), "gap, points": ("gap", 1), "top1, %": ("right_top1", 100),
+            "excess": ("right_excess", 1), "rank, other view, %": ("intra_rank", 1), "other view's top1, %": ("intra_top1", 100),
+        },
+    ),
+    "depth": Task(
+        finetune_depth,
+        "depth",
+        {
+            "abs_rel, %": ("eigen.abs_rel", 100), "a1, %": ("eigen.a1", 100), "rmse, m": ("eigen.rmse", 1), "silog": ("eigen.silog", 1),
+            "log10, %": ("eigen.log10", 100),
+        },
+    ),
+}  # fmt: skip
+
+
+def judged(folder, c, task):
+    """The last step's judgement of a run, None if it is not there yet. Raises BadInput if it was another run."""
     log = runtime.read_log(folder / "log.jsonl")
-    found = next((line["match"] for line in log if line["step"] == c.max_steps and "match" in line), None)
-    free = simipu.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames"}
+    found = next((line[task.key] for line in log if line["step"] == c.max_steps and task.key in line), None)
+    free = task.script.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames", "init"}
     wanted, had = runtime.as_json(c, without=free), next((line["config"] for line in reversed(log) if "config" in line), {})
     differ = runtime.differences(had, wanted)
     if found and differ:
@@ -66,15 +99,24 @@ def cell(values, scale=1.0):
     return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "–"
 
 
-def row(name, found):
-    keys = (("right_rank", 1), ("wrong_rank", 1), ("gap", 1), ("right_top1", 100), ("right_excess", 1), ("intra_rank", 1), ("intra_top1", 100))
-    return f"| {name} | " + " | ".join(cell([f.get(k) for f in found], scale) for k, scale in keys) + " |"
+def figure(found, name):
+    for part in name.split("."):
+        found = (found or {}).get(part)
+    return found
+
+
+def row(name, found, task):
+    return f"| {name} | " + " | ".join(cell([figure(f, key) for f in found], scale) for key, scale in task.columns.values()) + " |"
 
 
 @dataclasses.dataclass
 class Options:
-    """One flag changed at a time, several seeds each: a table of matching on frames never trained on. Further flags go to simipu.py."""
+    """One flag changed at a time, several seeds each: a table of figures on frames never trained on. Further flags go to the task's script."""
 
+    task: Literal["match", "depth"] = "match"
+    """match: pre-training, judged by matching. depth: fine-tuning, judged by depth metrics."""
+    preset: str = "demo"
+    """Of the task's script."""
     name: str = "ablation"
     """The runs live in out/NAME."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -82,61 +124,72 @@ class Options:
     jobs: int = 1
     """Runs at a time; the cores are shared out among them."""
     only: tuple[str, ...] = ()
-    """Names of variants; () for all of them."""
+    """Of match: names of variants; () for all of them."""
+    inits: tuple[str, ...] = ("none", "out/demo/backbone.pt")
+    """Of depth: weights that the image encoder starts from. {seed} stands for the seed."""
+    labels: tuple[float, ...] = (1.0, 0.25)
+    """Of depth: shares of the training pairs."""
+
+
+def variants_of(options):
+    """{name: flags}. Raises BadInput for unknown names."""
+    if options.task == "depth":
+        return {f"{init}, {share:g} of labels": f"--init {shlex.quote(init)} --labels {share:g}" for share in options.labels for init in options.inits}
+    unknown = set(options.only) - VARIANTS.keys()
+    if unknown:
+        raise BadInput(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
+    return {v: VARIANTS[v] for v in options.only or VARIANTS}
 
 
 def main():
     def parse_both():
         options, flags = tyro.cli(Options, return_unknown_args=True)
-        return options, flags, parse(["demo", *flags])
+        return options, flags, TASKS[options.task].parse(options.preset, flags)
 
     runtime.command_line(parse_both, lambda parsed: ablate(*parsed))
 
 
 def ablate(options, flags, base):
-    """Run what has not been run, and print the table. flags: of `simipu.py demo`, which make the config `base`. Raises BadInput."""
-    name, seeds, jobs, only = options.name, options.seeds, options.jobs, options.only
-    unknown = set(only) - VARIANTS.keys()
-    if unknown:
-        raise BadInput(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
-    variants = {v: VARIANTS[v] for v in only or VARIANTS}
-
+    """Run what has not been run, and print the table. flags: of the task's script and preset, which make the config `base`. Raises BadInput."""
+    task, variants, seeds = TASKS[options.task], variants_of(options), options.seeds
     where = runtime.start_run(base.device)
     if not base.max_steps:
         raise BadInput("--max-steps 0: an ablation needs the same number of steps for all")
-    if base.data_root != simipu.PRESETS["demo"][1].data_root:
+    if base.data_root != task.script.PRESETS[options.preset][1].data_root:
         base.synthetic_frames, flags = 0, [*flags, "--synthetic-frames", "0"]  # real data that are not there are an error
-    frames, held_out, note = simipu.load_frames(base, where)  # the scenes are written once, before jobs look for them
+    frames, held_out, note = task.script.load_frames(base, where)  # the scenes are written once, before jobs look for them
 
     def run(job):
         variant, seed = job
-        folder = Path(base.out, name, re.sub(r"\W+", "_", variant), str(seed))
-        arguments = ["demo", *flags, *shlex.split(variants[variant]), "--seed", str(seed), "--name", str(folder.relative_to(base.out))]
-        steps = base.max_steps * base.batch_size // parse(arguments).batch_size  # other batches see as many frames
+        folder = Path(base.out, options.name, re.sub(r"[^\w.]+", "_", variant), str(seed))
+        own = shlex.split(variants[variant].replace("{seed}", str(seed)))
+        arguments = [*flags, *own, "--seed", str(seed), "--name", str(folder.relative_to(base.out))]
+        steps = base.max_steps * base.batch_size // task.parse(options.preset, arguments).batch_size  # other batches see as many frames
         arguments += ["--max-steps", str(steps)]
-        c = parse(arguments)
-        found = judged(folder, c)
+        c = task.parse(options.preset, arguments)
+        found = judged(folder, c, task)
         if found is None:
-            threads = str(max(1, (os.cpu_count() or 1) // jobs))
-            command = [sys.executable, str(Path(simipu.__file__)), *arguments]
+            threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+            command = [sys.executable, str(Path(task.script.__file__)), options.preset, *arguments]
             done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads, **os.environ})
-            found = judged(folder, c)
+            found = judged(folder, c, task)
             if done.returncode or found is None:
                 lines = done.stderr.strip().splitlines()
-                raise BadInput(f"{shlex.join(arguments)}: {lines[-1] if lines else 'ended without being judged; --eval-splits?'}")
+                raise BadInput(f"{shlex.join([options.preset, *arguments])}: {lines[-1] if lines else 'ended without being judged; --eval-splits?'}")
         return job, found
 
     work = [(variant, seed) for seed in seeds for variant in variants]  # a seed at a time: an interrupted table has whole columns
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         found = dict(tqdm(pool.map(run, work), total=len(work), dynamic_ncols=True))
 
     print(f"{len(frames)} frames, {base.max_steps} steps of {base.batch_size}, judged on {len(held_out)} others; mean (range) over seeds {' '.join(map(str, seeds))}")
     print(note or "", end="\n" if note else "")
-    print("| | rank, right image, % | rank, another's, % | gap, points | top1, % | excess | rank, other view, % | top1, % |")
-    print("|---|---|---|---|---|---|---|---|")
-    print(row("random", [evaluate.match_random(dataclasses.replace(base, seed=seed), held_out, where.device) for seed in seeds]))
+    print(f"| | {' | '.join(task.columns)} |\n|{'---|' * (len(task.columns) + 1)}")
+    if options.task == "match":
+        print(row("random", [evaluate.match_random(dataclasses.replace(base, seed=seed), held_out, where.device) for seed in seeds], task))
     for variant in variants:
-        print(row(f"{variant} `{variants[variant]}`" if variants[variant] else variant, [found[variant, seed] for seed in seeds]))
+        name = f"{variant} `{variants[variant]}`" if variants[variant] and options.task == "match" else variant
+        print(row(name, [found[variant, seed] for seed in seeds], task))
 
 
 if __name__ == "__main__":

@@ -285,8 +285,8 @@ def check_config(c, world):
     return group
 
 
-def load_pairs(c, run):
-    """-> pairs to train on, pairs held out, notes to print. Raises BadInput as data_depth.find_pairs does, and for held-out pairs that
+def load_frames(c, run):
+    """-> pairs to train on, pairs held out, a note to print or None. Raises BadInput as data_depth.find_pairs does, and for held-out pairs that
     are trained on."""
     simipu.write_scenes(c, run)
     train, notes = data_depth.find_pairs(c.dataset, c.data_root, c.depth_root, c.splits, c.frame_stride, c.skip_missing)
@@ -297,7 +297,7 @@ def load_pairs(c, run):
     seen = sorted(set(data_depth.inventory(train)) & set(data_depth.inventory(held_out)))
     if seen:
         raise BadInput(f"--eval-splits {' '.join(c.eval_splits)}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
-    return data_depth.thin(train, c.labels), held_out, notes
+    return data_depth.thin(train, c.labels), held_out, "\n".join(notes) or None
 
 
 def train(c):
@@ -316,7 +316,8 @@ def train(c):
         model.compile()
 
     # ============ data ============
-    pairs, held_out, more = load_pairs(c, run)
+    pairs, held_out, note = load_frames(c, run)
+    notes += [note] if note else []
     if len(pairs) < c.batch_size:
         raise BadInput(f"--batch-size {c.batch_size}: the {len(pairs)} pairs found are too few")
     inventory = data_depth.inventory(pairs)
@@ -337,7 +338,6 @@ def train(c):
     about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
     lines = [
         *notes,
-        *more,
         f"{c.name}: {len(pairs)} pairs, {len(held_out)} held out, {sum(p.numel() for p in loop.owned) / 1e6:.1f} M parameters, {run.world} x {run.device.type}",
         f"a step: {c.batch_size} images = {run.world} processes x {accumulate} passes x {group}",
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",

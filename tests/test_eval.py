@@ -275,7 +275,7 @@ def test_ablation_table(run_here, scenes, tmp_path):
     logs = [[json.loads(line) for line in (tmp_path / "out" / "t" / "SimIPU" / str(seed) / "log.jsonl").read_text().splitlines()] for seed in (0, 1)]
     ranks = [log[-1]["match"]["right_rank"] for log in logs]
     assert mean == pytest.approx(sum(ranks) / 2, abs=0.051) and [low, high] == [round(x, 1) for x in sorted(ranks)]
-    assert ablate.row("x", [{"intra_rank": 1.0, "intra_top1": 0.5}, {"intra_rank": 2.0, "intra_top1": 0.25}]) == "| x | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"
+    assert ablate.row("x", [{"intra_rank": 1.0, "intra_top1": 0.5}, {"intra_rank": 2.0, "intra_top1": 0.25}], ablate.TASKS["match"]) == "| x | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"
     before = (tmp_path / "out" / "t" / "SimIPU" / "0" / "log.jsonl").stat().st_mtime
     assert run_here(ablate, "--seeds", 0, 1, *arguments)[1] == out
     assert (tmp_path / "out" / "t" / "SimIPU" / "0" / "log.jsonl").stat().st_mtime == before
