@@ -243,7 +243,8 @@ class Bench:
         sizes = {f: getattr(o, f) for f in ("num_points", "places", "image_encoder", "image_scale") if getattr(o, f)}
         sizes["synthetic_frames"] = simipu.PRESETS["demo"][1].synthetic_frames if o.data_root == Options.data_root else 0
         if depth:
-            sizes["dataset"] = "scenes" if o.data_root == Options.data_root else "kitti_lidar"
+            scenes = sizes["synthetic_frames"] or Path(o.data_root, "training", "depth_2").is_dir()
+            sizes["dataset"] = "scenes" if scenes else "kitti_lidar"
         try:
             self.c = c = replace(
                 script.PRESETS[o.preset][1], data_root=(o.data_root,), splits=o.splits, eval_splits=(),
