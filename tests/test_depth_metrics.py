@@ -346,7 +346,7 @@ def test_predictions_of_all_namings(tmp_path):
 
 
 def test_published_rows():
-    """The README's numbers, in the order of its rows, to their three digits (Waymo on KITTI: .066 there, .0666 in the log)."""
+    """The numbers as published, to three digits (Waymo on KITTI: .066, cut off from the log's .0666)."""
     rounded = {"kitti": (0.087, 0.075, 0.066, 0.060), "nyu": (0.205, 0.178, 0.166, 0.143)}
     for dataset, values in rounded.items():
         rows = depth.PUBLISHED[dataset]
