@@ -51,7 +51,7 @@ VARIANTS = {
 
 @dataclasses.dataclass
 class Task:
-    """What is run, and which figures of its judgement (the key in log.jsonl) make the table: {title: (names of a figure, factor)}."""
+    """What is run, and which figures of its judgement (the key in log.jsonl) make the table: {title: (name of a figure, factor, decimals)}."""
 
     script: ModuleType
     key: str
@@ -66,16 +66,17 @@ TASKS = {
         simipu,
         "match",
         {
-            "rank, right image, %": ("right_rank", 1), "rank, another's, %": ("wrong_rank", 1), "gap, points": ("gap", 1), "top1, %": ("right_top1", 100),
-            "excess": ("right_excess", 1), "rank, other view, %": ("intra_rank", 1), "other view's top1, %": ("intra_top1", 100),
+            "rank, right image, %": ("right_rank", 1, 1), "rank, another's, %": ("wrong_rank", 1, 1), "gap, points": ("gap", 1, 1),
+            "top1, %": ("right_top1", 100, 1), "excess": ("right_excess", 1, 1), "rank, other view, %": ("intra_rank", 1, 1),
+            "other view's top1, %": ("intra_top1", 100, 1),
         },
     ),
     "depth": Task(
         finetune_depth,
         "depth",
         {
-            "abs_rel, %": ("eigen.abs_rel", 100), "a1, %": ("eigen.a1", 100), "rmse, m": ("eigen.rmse", 1), "silog": ("eigen.silog", 1),
-            "log10, %": ("eigen.log10", 100),
+            "abs_rel, %": ("eigen.abs_rel", 100, 1), "a1, %": ("eigen.a1", 100, 1), "rmse, m": ("eigen.rmse", 1, 2), "silog": ("eigen.silog", 1, 1),
+            "log10, %": ("eigen.log10", 100, 1),
         },
     ),
 }  # fmt: skip
@@ -93,20 +94,21 @@ def judged(folder, c, task):
     return found
 
 
-def cell(values, scale=1.0):
+def cell(values, scale=1.0, decimals=1):
     """mean (smallest to largest) over seeds."""
     values = [scale * v for v in values if v is not None]
-    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "–"
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(sum(values) / len(values), min(values), max(values), d=decimals) if values else "–"
 
 
 def figure(found, name):
+    """Of a judgement, a dict of figures or of dicts of them; None where there is none."""
     for part in name.split("."):
         found = (found or {}).get(part)
     return found
 
 
 def row(name, found, task):
-    return f"| {name} | " + " | ".join(cell([figure(f, key) for f in found], scale) for key, scale in task.columns.values()) + " |"
+    return f"| {name} | " + " | ".join(cell([figure(f, key) for f in found], scale, decimals) for key, scale, decimals in task.columns.values()) + " |"
 
 
 @dataclasses.dataclass

@@ -296,3 +296,17 @@ def test_ablations_that_cannot_work(run_here, scenes):
         status, _, err = run_here(ablate, *arguments)
         last = err.strip().splitlines()[-1]
         assert status == 1 and "error: " in last and says in last, err
+
+
+def test_ablation_of_depth(run_here, scenes, tmp_path):
+    """One row for each initialisation and share of labels; the figures are those of the runs' last lines."""
+    small = ["--image-scale", 0.25, "--decoder-width", 32, "--batch-size", 2, "--max-steps", 1, "--workers", 0, "--synthetic-frames", 0]
+    status, out, err = run_here(ablate, "--task", "depth", "--inits", "none", "--labels", 1, 0.5, "--seeds", 0, "--data-root", scenes, *small)
+    assert status == 0, err
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["none, 1 of labels", "none, 0.5 of labels"]
+    for row, folder, pairs in zip(rows, ("none_1_of_labels", "none_0.5_of_labels"), (6, 3)):
+        first, *_, last = map(json.loads, (tmp_path / "out" / "ablation" / folder / "0" / "log.jsonl").read_text().splitlines())
+        assert first["data"]["frames"] == pairs
+        eigen = last["depth"]["eigen"]
+        assert float(row[1].split()[0]) == pytest.approx(100 * eigen["abs_rel"], abs=0.051) and float(row[3].split()[0]) == pytest.approx(eigen["rmse"], abs=0.0051)
