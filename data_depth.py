@@ -66,7 +66,8 @@ def find_pairs(dataset, roots, depth_root="", splits=(), frame_stride=1, skip_mi
             pairs = [Pair(f.name, f.image, f.cloud, f.calib) for f in frames]
         notes = []
     if not pairs:
-        raise BadInput(f"{' '.join(map(str, roots))}: no pairs of image and depth in splits {', '.join(map(str, splits)) or '(none given)'}")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise BadInput(f"{' '.join(map(str, roots))}: no pairs of image and depth in splits {', '.join(map(str, splits)) or '(none given)'}{why}")
     return pairs, notes
 
 
@@ -76,15 +77,15 @@ def _read_listing(dataset, listing, roots, depth_root, skip_missing):
         lines = listing.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{listing}: not a readable split file ({getattr(e, 'strerror', None) or 'not text'})") from None
-    pairs, no_depth, missing = [], 0, 0
+    pairs, no_depth, missing, depth_roots = [], 0, 0, [depth_root] if depth_root else roots
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
             continue
-        if dataset == "kitti" and len(words) == 3 and words[2] in CAMERA and words[1].isdigit():
+        if dataset == "kitti" and len(words) == 3 and words[2] in CAMERA and words[1].isdecimal():
             image = f"{words[0]}/{CAMERA[words[2]]}/data/{int(words[1]):010d}.png"
             depth = f"{Path(words[0]).name}/proj_depth/groundtruth/{CAMERA[words[2]]}/{int(words[1]):010d}.png"
-        elif len(words) >= 2:
+        elif len(words) >= 2 and all(Path(word).name for word in words[:2]):
             image, depth = (word.lstrip("/") for word in words[:2])
         else:
             raise BadInput(f"{listing}: line {number}, {line.strip()[:60]!r}, is neither `image depth focal` nor `folder index l|r`")
@@ -92,9 +93,9 @@ def _read_listing(dataset, listing, roots, depth_root, skip_missing):
             no_depth += 1
             continue
         images = [Path(root, folder, name) for root in roots for folder in IMAGE_FOLDERS[dataset] for name in (image, str(Path(image).with_suffix(".jpg")))]
-        depths = [Path(root, folder, part, depth) for root in ([depth_root] if depth_root else roots) for folder in DEPTH_FOLDERS[dataset] for part in ("", "train", "val")]
+        depths = [Path(root, folder, part, depth) for root in depth_roots for folder in DEPTH_FOLDERS[dataset] for part in ("", "train", "val")]
         if dataset == "kitti":  # monodepth2 unpacks it into the drives
-            depths += [Path(root, folder, Path(image).parts[0], depth) for root in roots for folder in IMAGE_FOLDERS[dataset]]
+            depths += [Path(root, folder, Path(image).parts[0], depth) for root in depth_roots for folder in IMAGE_FOLDERS[dataset]]
         pair = Pair(str(Path(image).with_suffix("")), _first(images), _first(depths))
         lost = [path for path in (pair.image, pair.depth) if not path.is_file()]
         if lost and not skip_missing:
@@ -154,7 +155,7 @@ def sweep_depth(points, lidar2img, width, height):
     """
     uv, depth = data.project(points.astype(np.float64), lidar2img)
     inside = data.inside_image(uv, depth, width, height)
-    u, v = np.rint(uv[inside]).astype(int).clip(0, (width - 1, height - 1)).T  # exactly half a pixel outside rounds outside
+    u, v = np.rint(uv[inside]).astype(int).T  # never outside: exactly half a pixel beyond the outermost centres is not inside
     nearest = np.full(height * width, np.inf)
     np.minimum.at(nearest, v * width + u, depth[inside])
     return np.where(np.isinf(nearest), 0, nearest).astype(np.float32).reshape(height, width)
@@ -165,7 +166,8 @@ def load_pair(pair):
     image = data.read_image(pair.image)
     if pair.calib:
         metres = sweep_depth(data.read_cloud(pair.depth), data.read_lidar2img(pair.calib), image.shape[1], image.shape[0])
-        depth = np.rint(metres * SCALE["kitti_lidar"]).clip(0, 65535).astype(np.uint16)
+        units = np.rint(metres * SCALE["kitti_lidar"])
+        depth = np.where(units < 2**16, units, 0).astype(np.uint16)  # beyond 256 m: not known, rather than wrong
     else:
         depth = read_depth(pair.depth)
     if depth.shape != image.shape[:2]:
@@ -270,14 +272,18 @@ class DepthFrames(torch.utils.data.Dataset):
 
 def resident(dataset, batches, device):
     """Batches as runtime.stream makes them, from images and depths decoded once and kept on `device`, five bytes a pixel. Raises BadInput
-    for images of different sizes, which have no place in one tensor."""
+    for a broken pair, and for images of different sizes, which have no place in one tensor."""
     with ThreadPoolExecutor() as pool:
-        decoded = list(pool.map(dataset.decoded, range(len(dataset))))
-    sizes = {d["image"].shape[1::-1] for d in decoded}
-    if len(sizes) > 1:
-        raise BadInput(f"--resident: images of {len(sizes)} sizes, {min(sizes)} and {max(sizes)} among them")
-    (width, height), = sizes
-    image, depth = (torch.stack([torch.from_numpy(d.pop(key)) for d in decoded]).to(device) for key in ("image", "depth"))
+        for i, sample in enumerate(pool.map(dataset.decoded, range(len(dataset)))):
+            h, w = sample["depth"].shape
+            if i == 0:
+                height, width = h, w
+                image = torch.empty(len(dataset), h, w, 3, dtype=torch.uint8, device=device)
+                depth = torch.empty(len(dataset), h, w, dtype=torch.int16, device=device)
+            if (h, w) != (height, width):
+                first, other = dataset.pairs[0].image, dataset.pairs[i].image
+                raise BadInput(f"{other}: --resident wants images of one size; of this one {w} x {h} pixels are used, of {first} {width} x {height}")
+            image[i], depth[i] = (torch.from_numpy(sample[key].copy()) for key in ("image", "depth"))  # torch wants them writable
     for keys in batches:
         at = torch.tensor([i for _, i in keys], device=device)
         batch = torch.utils.data.default_collate([dataset.drawn(epoch, i, width, height) for epoch, i in keys])
