@@ -94,13 +94,19 @@ def file_errors(frame):
     return errors
 
 
+def evenly_spread(items, limit):
+    """As many of the items, in order, or all if there are no more."""
+    keep = min(limit, len(items))
+    return [items[i * len(items) // keep] for i in range(keep)]
+
+
 def find_held_out(c, frames):
     """The frames of --eval-splits (`c` is simipu.Config), none of them among `frames`, which are trained on. -> frames, a note to
     print or None. Raises BadInput as `find_frames`, for frames that are trained on, and for fewer than two."""
     if not (c.eval_splits or c.eval_root):
         return [], None
     held_out = [f for root in c.eval_root or c.data_root for f in find_frames(root, c.eval_splits, c.frame_stride, c.skip_missing)]
-    held_out = held_out[:: max(1, -(-len(held_out) // c.eval_frames))]
+    held_out = evenly_spread(held_out, c.eval_frames)
     splits = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     seen = sorted(set(inventory(frames)) & set(inventory(held_out)))
     if seen:

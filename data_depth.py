@@ -111,17 +111,6 @@ def _first(paths):
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def thin(pairs, share):
-    """Evenly spread, `share` of them, at least one."""
-    keep = max(1, round(share * len(pairs)))
-    return [pairs[i * len(pairs) // keep] for i in range(keep)]
-
-
-def at_most(pairs, limit):
-    """Evenly spread, no more than `limit` of them; 0: all."""
-    return pairs[:: max(1, -(-len(pairs) // limit))] if limit else pairs
-
-
 def inventory(pairs):
     """One line a pair, in order: its name, and the bytes of its files."""
     return [f"{p.name} {p.image.stat().st_size} {p.depth.stat().st_size}" for p in pairs]

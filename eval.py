@@ -70,8 +70,7 @@ def choose_frames(c, runs, data_root=(), splits=(), limit=0, frame_stride=1):
         raise BadInput("--data-root, --splits: the run has no --eval-splits, so say which frames to judge on")
     roots, splits = data_root or c.eval_root or c.data_root, splits or c.eval_splits
     frames = [f for root in roots for f in data.find_frames(root, splits, frame_stride, c.skip_missing)]
-    limit = limit or c.eval_frames
-    frames = frames[:: max(1, -(-len(frames) // limit))]
+    frames = data.evenly_spread(frames, limit or c.eval_frames)
     if len(frames) < 2:
         raise BadInput(f"--data-root {' '.join(map(str, roots))}: {len(frames)} frames chosen; judging needs two or more, for the other frame's image")
     notes = []

@@ -372,9 +372,9 @@ def depth(
     pairs, notes = data_depth.find_pairs(
         c.dataset, data_root or c.eval_root or c.data_root, depth_root or ("" if data_root else c.depth_root), splits or c.eval_splits, frame_stride or c.frame_stride, skip
     )
-    pairs = data_depth.at_most(pairs, frames or (0 if splits else c.eval_frames))
+    pairs = data.evenly_spread(pairs, frames or (not splits and c.eval_frames) or len(pairs))
     scale = data_depth.SCALE[c.dataset]
-    pictured = set(data_depth.at_most(range(len(pairs)), drawn)) if drawn else set()
+    pictured = set(data.evenly_spread(range(len(pairs)), drawn))
 
     scored = []
     for i, pair in enumerate(tqdm(pairs, dynamic_ncols=True, mininterval=1)):

@@ -299,11 +299,11 @@ def load_frames(c, run):
     held_out = []
     if c.eval_splits or c.eval_root:
         held_out, more = data_depth.find_pairs(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits, c.frame_stride, c.skip_missing)
-        held_out, notes = data_depth.at_most(held_out, c.eval_frames), notes + more
+        held_out, notes = data.evenly_spread(held_out, c.eval_frames or len(held_out)), notes + more
     seen = sorted(set(data_depth.inventory(train)) & set(data_depth.inventory(held_out)))
     if seen:
         raise BadInput(f"--eval-splits {' '.join(c.eval_splits)}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
-    return data_depth.thin(train, c.labels), held_out, "\n".join(notes) or None
+    return data.evenly_spread(train, max(1, round(c.labels * len(train)))), held_out, "\n".join(notes) or None
 
 
 def train(c):

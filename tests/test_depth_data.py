@@ -394,23 +394,14 @@ def test_resident_wants_one_size(tmp_path):
 # some of the pairs
 
 
-def test_thin():
-    pairs = list(range(100))
-    assert data_depth.thin(pairs, 1.0) == pairs and data_depth.thin(pairs, 0.25) == list(range(0, 100, 4))
-    assert data_depth.thin(pairs, 1e-9) == [0] and data_depth.thin([7], 0.5) == [7]
-    for share in (0.3, 0.77, 0.99):
-        some = data_depth.thin(pairs, share)
+def test_evenly_spread():
+    items = list(range(100))
+    assert data.evenly_spread(items, 100) == data.evenly_spread(items, 500) == items and data.evenly_spread([], 5) == data.evenly_spread(items, 0) == []
+    assert data.evenly_spread(items, 25) == list(range(0, 100, 4)) and data.evenly_spread(items, 1) == [0] and data.evenly_spread([7], 1) == [7]
+    for limit in range(1, 101):
+        some = data.evenly_spread(items, limit)
         gaps = np.diff([*some, 100])
-        assert len(some) == round(100 * share) and some[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
-
-
-def test_at_most():
-    pairs = list(range(100))
-    assert data_depth.at_most(pairs, 0) == pairs and data_depth.at_most(pairs, 100) == pairs and data_depth.at_most(pairs, 500) == pairs
-    assert data_depth.at_most(pairs, 10) == list(range(0, 100, 10)) and data_depth.at_most(pairs, 1) == [0] and data_depth.at_most([], 5) == []
-    for limit in range(1, 100):
-        some = data_depth.at_most(pairs, limit)
-        assert limit / 2 < len(some) <= limit and some[0] == 0 and len(set(np.diff(some))) <= 1
+        assert len(some) == limit and some[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
 
 
 # -----------------------------------------------------------------------------
