@@ -692,20 +692,20 @@ def train(c):
         epoch = step // steps_per_epoch
         loop.update(next_batch, c.lr_decay**epoch)
 
-        # once in a while: write how it goes, judge, save
+        # once in a while: write how it goes, save, judge
         if loop.reporting:
             stats = loop.report(epoch)
             loop.bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
-        if loop.judging:
-            judged = evaluate.match(model, held_out, c, run.device)  # on every rank: recalibrating batch norm talks to the others
-            loop.judged("match", judged)
         if loop.saving:
             # for eval.py: what it is not to be judged on
             loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
             if c.inter_weight and run.main:
                 save_backbone(model.img_backbone, c.image_encoder, loop)
+        if loop.judging:
+            judged = evaluate.match(model, held_out, c, run.device)  # on every rank: recalibrating batch norm talks to the others
+            loop.judged("match", judged)
     if not loop.stopping:
-        finish(model, c, run, frames, held_out, loop.folder, judged)
+        finish(model, c, run, frames, held_out, loop, judged)
 
 
 def save_backbone(encoder, arch, loop):
@@ -715,17 +715,21 @@ def save_backbone(encoder, arch, loop):
     runtime.save_atomically({"state_dict": state_dict, "arch": arch, "step": loop.done, "git": loop.about["git"], **pixels}, loop.folder / "backbone.pt")
 
 
-def finish(model, c, run, frames, held_out, folder, judged):
+def finish(model, c, run, frames, held_out, loop, judged):
     """Pictures and, on held-out frames, the one number that tells learning from guessing by position."""
     import eval as evaluate
 
+    folder = loop.folder
+    if held_out and not judged:  # a finished run, started again: for other frames, or because it was killed while judging
+        judged = evaluate.match(model, held_out, c, run.device)
+        loop.log({"step": loop.start, "match": judged})
     if run.main:
         pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
         view = data.view(data.PretrainFrames(frames, c), [(0, 0)], evaluate.image_box(c), run.device)
         pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out:
-        rows = {"random": evaluate.match_random(c, held_out, run.device), "trained": judged or evaluate.match(model, held_out, c, run.device)}
+        rows = {"random": evaluate.match_random(c, held_out, run.device), "trained": judged}
         if run.main:
             print("\n" + "\n".join(evaluate.match_table(rows)))
 
