@@ -280,8 +280,13 @@ def summary(scored):
 
 
 def load(pair, c):
-    """-> image (H, W, 3) uint8, ground truth (H, W) float32 metres."""
+    """-> image (H, W, 3) uint8, ground truth (H, W) float32 metres. Raises BadInput, naming the file, for what cannot be read or cropped."""
     image, depth = data_depth.load_pair(pair)
+    try:
+        part = data_depth.without_border(c.dataset, *depth.shape, training=False)
+        crop_mask(*depth[part].shape, CROPS[c.dataset])
+    except BadInput as e:
+        raise BadInput(f"{pair.image}: {e}") from None
     return image, depth.astype(np.float32) / np.float32(data_depth.SCALE[c.dataset])
 
 
@@ -375,6 +380,7 @@ def depth(
     pairs = data_depth.at_most(pairs, frames or (0 if splits else c.eval_frames))
     scale = data_depth.SCALE[c.dataset]
     pictured = set(data_depth.at_most(range(len(pairs)), drawn)) if drawn else set()
+    paths = [None if model else find_prediction(source, pair.name, bts_names(pair.name)) for pair in pairs]  # missing ones are known at once
 
     scored = []
     for i, pair in enumerate(tqdm(pairs, dynamic_ncols=True, mininterval=1)):
@@ -382,8 +388,7 @@ def depth(
         if model:
             prediction, name = predict(model, image, c, run.device), pair.name
         else:
-            path = find_prediction(source, pair.name, bts_names(pair.name))
-            prediction, name = match_prediction(read_depth(path, scale), truth.shape, path), str(path)
+            prediction, name = match_prediction(read_depth(paths[i], scale), truth.shape, paths[i]), str(paths[i])
         scored.append(score(prediction, truth, c, name))
         if save:
             flat = pair.name.replace("/", "_") + ".png"
@@ -394,6 +399,6 @@ def depth(
             write_depth(prediction, save / flat, scale)
             if i in pictured:
                 pictures.draw_depth(image, prediction, truth, save / "pictures" / flat, pair.name, c.max_depth)
-    print("\n".join([*notes, *report(c, {source.parent.name if model else source.name: summary(scored)})]))
+    print("\n".join([*notes, *report(c, {(source.resolve().parent if model else source.resolve()).name: summary(scored)})]))
     if save:
         print(f"wrote {len(pairs)} predictions and {len(pictured)} pictures into {save}/")
