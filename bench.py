@@ -3,6 +3,7 @@
     python bench.py ops                          # full size on built-in scenes; 2 minutes on two idle CPU cores
     python bench.py step                         # where the time and memory of a step go; 4 minutes, 12 GB
     python bench.py step --preset demo           # the demo's sizes; half a minute
+    python bench.py step --task depth            # a step of finetune_depth.py, likewise; 2 minutes
     python bench.py ops --data-root data/kitti --splits train --json ops.jsonl
 
 On a GPU the same commands take 8 frames, time with CUDA events, and run as training does: Triton, bfloat16 autocast.
@@ -17,10 +18,12 @@ ends the program with status 1.
 The peers. ops: the torch loop that everybody writes for farthest points; ball query by cdist and topk, and by scipy's k-d tree; set
 abstractions that group, then run Conv2d, BatchNorm2d and ReLU over (B, C, M, k); F.grid_sample, image by image; scipy's assignment
 of full matrices, one after another. step: the same step with grouped set abstractions, serial scipy, and grid_sample image by image;
-its farthest points and balls stay ours, since the usual code has compiled CUDA operations for them.
+its farthest points and balls stay ours, since the usual code has compiled CUDA operations for them. step --task depth: the same
+network in the toolbox's way, that is float32 (TF32 where a GPU has it), channels first, an unfused AdamW, a loss that indexes by a mask.
 """
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -45,7 +48,9 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
+import data_depth
 import eval as evaluate
+import finetune_depth
 import ops_triton as ops
 import runtime
 import simipu
@@ -87,6 +92,9 @@ class Ops(Options):
 @dataclass
 class Step(Options):
     """Time and memory of a training step by stage; then the whole step beside the usual way to write it."""
+
+    task: Literal["pretrain", "depth"] = "pretrain"
+    """simipu.py, or finetune_depth.py: with presets of the same names, crops of 704 x 352 or the demo's."""
 
 
 # -----------------------------------------------------------------------------
@@ -228,38 +236,49 @@ class Bench:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations while the clock runs, as in training
         self.repeats, self.json, self.lines, self.columns = o.repeats or (20 if self.cuda else 3), o.json, [], None
 
+        depth = isinstance(o, Step) and o.task == "depth"
+        script, preset = (finetune_depth, data_depth.DepthFrames) if depth else (simipu, data.PretrainFrames)
         samples = o.samples or (8 if self.cuda else 2)
         workers = o.workers if o.workers is not None else min(os.cpu_count(), 16) if self.cuda else 1
         sizes = {f: getattr(o, f) for f in ("num_points", "places", "image_encoder", "image_scale") if getattr(o, f)}
         sizes["synthetic_frames"] = simipu.PRESETS["demo"][1].synthetic_frames if o.data_root == Options.data_root else 0
-        self.c = c = replace(
-            simipu.PRESETS[o.preset][1], data_root=(o.data_root,), splits=o.splits, eval_splits=(),
-            batch_size=samples, group=samples, workers=workers, **sizes,
-        )  # fmt: skip
-        simipu.check_config(c, 1)
-        self.frames, _, _ = simipu.load_frames(c, self.run)
+        if depth:
+            scenes = sizes["synthetic_frames"] or Path(o.data_root, "training", "depth_2").is_dir()
+            sizes["dataset"] = "scenes" if scenes else "kitti_lidar"
+        try:
+            self.c = c = replace(
+                script.PRESETS[o.preset][1], data_root=(o.data_root,), splits=o.splits, eval_splits=(),
+                batch_size=samples, group=samples, workers=workers, **sizes,
+            )  # fmt: skip
+        except TypeError:
+            raise BadInput("--num-points, --places, --image-scale: of --task pretrain alone") from None
+        script.check_config(c, 1)
+        self.frames, _, _ = script.load_frames(c, self.run)
         if samples > len(self.frames):
             raise BadInput(f"--samples {samples}: more than the {len(self.frames)} frames found")
 
-        self.box = evaluate.image_box(c)
-        dataset, start = data.PretrainFrames(self.frames, c), time.perf_counter()
-        raw = data.collate([dataset[(0, i)] for i in range(samples)])
+        self.box = None if depth else evaluate.image_box(c)
+        self.dataset, start = preset(self.frames, c), time.perf_counter()
+        raw = data.collate([self.dataset[(0, i)] for i in range(samples)])
         self.decode_ms = 1e3 * (time.perf_counter() - start)
         self.batch = self.augment(raw)
-        self.model = simipu.SimIPU(c).to(self.device).train()
-        self.model.img_backbone.to(memory_format=torch.channels_last)  # not the points' layers: their peer's Conv2d would lose digits
+        self.model = (finetune_depth.DepthNet if depth else simipu.SimIPU)(c).to(self.device).train()
+        self.weights = list(self.model.parameters())  # which autograd saves, too, but which are there anyway
+        # not the points' layers: their peer's Conv2d would lose digits
+        (self.model if depth else self.model.img_backbone).to(memory_format=torch.channels_last)
 
         triton = f", triton {metadata.version('triton')}" if ops.triton else ""
         machine = f"{torch.cuda.get_device_name() if self.cuda else cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}{triton}"
         height, width = self.batch["image"].shape[2:]
-        batch = f"{samples} frames of {o.data_root}: {c.num_points} points, {c.places} places, {c.image_encoder}, images {width} x {height}"
+        points = "" if depth else f"{c.num_points} points, {c.places} places, "
+        batch = f"{samples} frames of {o.data_root}: {points}{c.image_encoder}, images {width} x {height}"
         print(f"python bench.py {' '.join(sys.argv[1:])}\n{machine}\n{batch}\nmedian (fastest) of {self.repeats} runs", flush=True)
         self.lines.append({"machine": machine, "batch": batch, "repeats": self.repeats})
 
     def augment(self, raw):
         if isinstance(raw, BadInput):
             raise raw
-        return data.augment(raw, self.box, self.device)
+        return data.augment(raw, self.box, self.device) if self.box else data_depth.augment(raw, data_depth.SCALE[self.c.dataset], self.device)
 
     def autocast(self, dtype):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -296,7 +315,7 @@ class Bench:
         sides, results, saved, peak = {"ours": ours, **peers}, {}, {}, {}
         for name, side in sides.items():
             for dtype in dict.fromkeys((torch.float32, self.dtype)):
-                with saved_for_backward(self.model) as size:
+                with saved_for_backward(self.weights) as size:
                     result = side(dtype)
                 results.setdefault(name, result)  # float32's
                 saved[name] = size.total() / 1e6
@@ -357,9 +376,9 @@ def cpu_name():
 
 
 @contextlib.contextmanager
-def saved_for_backward(model, stage=lambda: "all"):
+def saved_for_backward(weights, stage=lambda: "all"):
     """Yields a Counter: bytes that autograd keeps for the backward pass, by the stage that saved them; each storage once."""
-    seen, size = {p.untyped_storage().data_ptr() for p in model.parameters()}, Counter()
+    seen, size = {p.untyped_storage().data_ptr() for p in weights}, Counter()
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -396,14 +415,13 @@ class Timeline:
         return wrapped
 
     @contextlib.contextmanager
-    def watch(self, model):
-        """The stages inside SimIPU.forward, told from outside."""
+    def watch(self, stages):
+        """The stages inside a model's forward, {name: module}, told from outside; and matching, wherever it is done."""
         match, name = simipu.match_in_background, "matching, not hidden"
-        with (
-            patch.object(model.pts_backbone, "forward", self.timed("point encoder", model.pts_backbone.forward)),
-            patch.object(model.img_backbone, "forward", self.timed("image encoder", model.img_backbone.forward)),
-            patch.object(simipu, "match_in_background", lambda *args: self.timed(name, self.timed(name, match)(*args))),
-        ):
+        with contextlib.ExitStack() as patches:
+            for stage, module in stages.items():
+                patches.enter_context(patch.object(module, "forward", self.timed(stage, module.forward)))
+            patches.enter_context(patch.object(simipu, "match_in_background", lambda *args: self.timed(name, self.timed(name, match)(*args))))
             yield
 
     def read(self):
@@ -478,42 +496,22 @@ def bench_ops(b):
 # python bench.py step
 
 
-def bench_step(b):
-    model, c = b.model, b.c
-    optimizers = simipu.build_optimizers(model, c)
-    for parameters in (g for o in optimizers for g in o.param_groups):
-        parameters["lr"] = 0.0  # the same work, and every run is the same step
-
+def consecutive_steps(b, step, stages, modules, tail):
+    """Steps as training runs them, from loading processes, as a table by stage: `stages` before and after those inside forward, {stage:
+    module} of which are `modules`; what forward does besides belongs to `tail`. step(batch, dtype, enter)."""
+    c = b.c
     print(f"{c.workers} loading processes")
-
-    def step(batch, dtype, enter=lambda stage: None):
-        enter("heads, losses")  # and all in `forward` that no other stage claims
-        with b.autocast(dtype):
-            loss, stats = model(batch, False)
-        enter("backward")
-        loss.backward()
-        enter("optimizers")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        enter("end")
-        return loss.detach(), stats["match_m"]
-
-    # ============ consecutive steps, as training runs them ============
     warm_up = 2  # the second still lives on frames that were loaded during the first
     batches = data.Batches(len(b.frames), c.batch_size, c.group, c.seed, steps=warm_up + b.repeats)
-    stream = torch.utils.data.DataLoader(
-        data.PretrainFrames(b.frames, c), batch_sampler=batches, collate_fn=data.collate, num_workers=c.workers, pin_memory=b.cuda
-    )  # fmt: skip
-    stream, timelines = iter(stream), [Timeline(b.device) for _ in range(len(batches))]
+    stream, timelines = runtime.stream(b.dataset, batches, data.collate, c.workers, b.run), [Timeline(b.device) for _ in range(len(batches))]
     for timeline in timelines:
-        with timeline.watch(model):
+        with timeline.watch(modules):
             timeline.enter("waiting for data")
             raw = next(stream)
             timeline.enter("augment")
             step(b.augment(raw), b.dtype, timeline.enter)
     timeline = Timeline(b.device)
-    with timeline.watch(model), saved_for_backward(model, lambda: timeline.stage) as saved:
+    with timeline.watch(modules), saved_for_backward(b.weights, lambda: timeline.stage) as saved:
         step(b.batch, b.dtype, timeline.enter)
     if b.cuda:
         torch.cuda.synchronize()
@@ -524,11 +522,44 @@ def bench_step(b):
         b.print({"stage": stage, "ms": spread(runs), "share": share, "saved, MB": number(mb) if mb else ""})
         b.lines.append({"stage": stage, "ms": statistics.median(runs), "runs": runs, "saved_mb": mb})
 
-    for stage in ("waiting for data", "augment", "point encoder", "matching, not hidden", "image encoder", "heads, losses", "backward", "optimizers"):
+    for stage in ("waiting for data", "augment", *stages, tail, "backward", "optimizers"):
         runs = [s[stage] for s in steps]
         add(stage, runs, f"{statistics.median(runs) / statistics.median(whole):.1%}", saved[stage] / 1e6)
     add("all", whole, "", saved.total() / 1e6)
     add("decoding, one worker", [b.decode_ms], "", 0)
+
+
+def frozen_step(b, model, optimizers, tail):
+    """step(batch, dtype, enter) of a model, with rates of 0: the same work, and every run is the same step."""
+    for parameters in (g for o in optimizers for g in o.param_groups):
+        parameters["lr"] = 0.0
+
+    def step(batch, dtype, enter=lambda stage: None):
+        enter(tail)  # and all in `forward` that no other stage claims
+        with b.autocast(dtype):
+            loss, stats = model(batch, False)
+        enter("backward")
+        loss.backward()
+        enter("optimizers")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        enter("end")
+        return loss.detach(), *stats.values()
+
+    return step
+
+
+def bench_step(b):
+    model, c, tail = b.model, b.c, "heads, losses"
+    whole_step = frozen_step(b, model, simipu.build_optimizers(model, c), tail)
+
+    def step(*arguments):
+        loss, *_, match_m, _ = whole_step(*arguments)
+        return loss, match_m
+
+    modules = {"point encoder": model.pts_backbone, "image encoder": model.img_backbone}
+    consecutive_steps(b, step, ("point encoder", "matching, not hidden", "image encoder"), modules, tail)
 
     # ============ one batch: beside the usual step, and beside one that need not match ============
     match, seen, grouped = simipu.match_in_background, [], nn.ModuleList(Grouped(sa) for sa in model.pts_backbone.SA_modules)
@@ -562,10 +593,40 @@ def bench_step(b):
     b.lines.append({"matching_adds_percent": statistics.median(adds), "matching_by_itself_percent": by_itself})
 
 
+def bench_depth(b):
+    model, c, tail = b.model, b.c, "loss"
+    ours = frozen_step(b, model, [finetune_depth.build_optimizer(model, c)], tail)
+    consecutive_steps(b, ours, ("encoder", "decoder"), {"encoder": model.backbone, "decoder": model.decode_head}, tail)
+
+    # ============ one batch: beside the toolbox's way ============
+    other = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    b.weights += other.parameters()
+    usual = frozen_step(b, other, [torch.optim.AdamW(other.parameters(), foreach=False)], tail)
+
+    def masked_loss(prediction, truth):
+        known = truth > 0
+        g = torch.log(prediction[known] + 1e-3) - torch.log(truth[known] + 1e-3)
+        return torch.sqrt(g.var() + 0.15 * g.mean() ** 2)
+
+    batch = b.batch | {"image": b.batch["image"].contiguous()}
+
+    def usual_step(dtype):
+        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype != torch.float32)  # while the clock runs, not where results are compared
+        with patch.object(finetune_depth, "sig_loss", masked_loss), tf32:
+            return usual(batch, torch.float32)
+
+    b.compare("step", f"{c.batch_size} images", lambda dtype: ours(b.batch, dtype), {"the toolbox's way": usual_step}, norms_differ, 1e-3)
+    row = b.lines[-1]
+    speed = {role: 1e3 * c.batch_size / row[f"{role}_ms"] for role in ("ours", "peer")}
+    memory = f"; peak {row['ours_peak_mb'] / 1e3:.1f} GB, {row['peer_peak_mb'] / 1e3:.1f} GB" if b.cuda else ""
+    print(f"\nimages/s, data on the device: {number(speed['ours'])}, the toolbox's way {number(speed['peer'])}{memory}")
+    b.lines.append({"images_per_s": speed})
+
+
 def main():
     def run(o):
         b = Bench(o)
-        bench_ops(b) if isinstance(o, Ops) else bench_step(b)
+        bench_ops(b) if isinstance(o, Ops) else bench_depth(b) if o.task == "depth" else bench_step(b)
         b.finish()
 
     runtime.command_line(lambda: tyro.cli(Ops | Step), run)

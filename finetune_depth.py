@@ -228,8 +228,7 @@ class DepthNet(nn.Module):
 
     def depth(self, image):
         """image (B, 3, H, W) -> metres in (0, max_depth), float32 (B, 1, H / 2, W / 2)."""
-        maps = self.backbone(image.contiguous(memory_format=torch.channels_last))
-        return self.decode_head(maps).sigmoid() * self.max_depth
+        return self.decode_head(self.backbone(image)).sigmoid() * self.max_depth
 
     def forward(self, batch, report=True):
         """batch of data_depth.augment -> loss, stats."""
@@ -286,6 +285,13 @@ def check_config(c, world):
     return group
 
 
+def build_optimizer(model, c):
+    """AdamW over all parameters alike, as in the toolbox; one kernel for all of them."""
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.95, 0.99), weight_decay=c.weight_decay, fused=True)
+    optimizer.param_groups[0]["initial_lr"] = c.lr
+    return optimizer
+
+
 def load_frames(c, run):
     """-> pairs to train on, pairs held out, a note to print or None. Raises BadInput as data_depth.find_pairs does, and for held-out pairs that
     are trained on."""
@@ -311,8 +317,7 @@ def train(c):
     # ============ network and optimiser ============
     model = DepthNet(c).to(run.device, memory_format=torch.channels_last)
     notes = [weights.load_image_encoder(model.backbone, c.init, c.init_pixels)] if c.init != "none" else []
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.95, 0.99), weight_decay=c.weight_decay, fused=run.device.type == "cuda")
-    optimizer.param_groups[0]["initial_lr"] = c.lr
+    optimizer = build_optimizer(model, c)
     if c.compile:
         model.compile()
 

@@ -85,9 +85,24 @@ def test_step(run_script, tmp_path, scenes, device):
     assert rows[-1]["matching_adds_percent"] == pytest.approx(statistics.median(adds)) and "matching adds" in out
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_depth_step(run_script, tmp_path, scenes, device):
+    arguments = ["--task", "depth", "--preset", "demo", "--device", device, "--data-root", scenes, "--samples", 2, "--repeats", 2, "--workers", 0]
+    done = run_script("bench.py", "step", *arguments, "--json", "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    _, *rows = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    stages = {row["stage"]: row for row in rows if "stage" in row}
+    assert list(stages) == ["waiting for data", "augment", "encoder", "decoder", "loss", "backward", "optimizers", "all", "decoding, one worker"]
+    (pair,) = (row for row in rows if "op" in row)
+    check(pair)
+    assert pair["ours_saved_mb"] == pytest.approx(stages["all"]["saved_mb"]) and stages["decoder"]["saved_mb"] > 0
+    assert rows[-1]["images_per_s"]["ours"] == pytest.approx(2e3 / pair["ours_ms"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["step", "--task", "depth", "--places", 8], "error: --num-points, --places, --image-scale: of --task pretrain alone"),
         (["ops", "--data-root", "nowhere"], "error: nowhere: no such folder"),
         (["ops", "--samples", 99], "error: --samples 99: more than the 6 frames found"),
         (["ops", "--repeats", -1], "error: --repeats -1: cannot be negative"),
