@@ -420,8 +420,8 @@ def test_overfits_eight_frames_from_scratch(run_here, scenes, tmp_path):
         pixels = np.array(Image.open(photo).resize((64, 32), Image.Resampling.BOX))
         pixels[:, 32:] = pixels[:, 31::-1]
         Image.fromarray(pixels).save(photo)
-    arguments = ["demo", "--data-root", tmp_path / "tiny", "--splits", "trainval", "--eval-splits", "--resident", "--image-scale", 1, "--decoder-width", 64]
-    arguments += ["--rotation-p", 0, "--flip", 0, "--colour-p", 0, "--max-steps", 80, "--lr", 4e-3, "--save-every", 500]
+    arguments = ["demo", "--data-root", tmp_path / "tiny", "--splits", "trainval", "--eval-splits", "--resident", "--image-scale", 1, "--decoder-width", 128]
+    arguments += ["--rotation-p", 0, "--flip", 0, "--colour-p", 0, "--max-steps", 120, "--lr", 4e-3, "--save-every", 500]
     status, _, err = run_here(finetune_depth, *arguments)
     assert status == 0, err
     status, said, err = run_here(evaluate, "depth", tmp_path / "out" / "depth_demo" / "last.pt", "--splits", "trainval")
