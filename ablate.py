@@ -85,7 +85,7 @@ TASKS = {
 def judged(folder, c, task):
     """The last step's judgement of a run, None if it is not there yet. Raises BadInput if it was another run."""
     log = runtime.read_log(folder / "log.jsonl")
-    found = next((line[task.key] for line in log if line["step"] == c.max_steps and task.key in line), None)
+    found = next((line[task.key] for line in reversed(log) if line["step"] == c.max_steps and task.key in line), None)
     free = task.script.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames", "init"}
     wanted, had = runtime.as_json(c, without=free), next((line["config"] for line in reversed(log) if "config" in line), {})
     differ = runtime.differences(had, wanted)

@@ -29,7 +29,7 @@ from data import BadInput
 from data_depth import KB, kb_window
 
 CROPS = {"kitti": "garg", "kitti_lidar": "garg", "nyu": "eigen", "scenes": "none"}  # where ground truth counts, by data set
-STANDARD = {"kitti": 652, "nyu": 654}  # images of the test splits that papers report, with ground truth
+STANDARD = {"kitti": (652, 1e-3, 80), "nyu": (654, 1e-3, 10)}  # what papers report: images with ground truth in the test split, range of depth
 EIGEN = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "silog", "log10")  # of 1: a1 to a3, abs_rel; metres: sq_rel, rmse; silog x 100
 BENCHMARK = ("SILog", "absErrorRel", "sqErrorRel", "iRMSE")  # the leaderboard's names: x 100, %, % (over squared ground truth), 1/km
 GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)  # Garg's crop: rows from, to, columns from, to, as shares of the edges
@@ -237,7 +237,7 @@ def depth_table(rows, images):
 def report(c, rows):
     """Lines of text for {name: result of `judge`}; the published rows too, where the test split is the one they are of."""
     first = next(iter(rows.values()))
-    known = PUBLISHED[c.dataset] if STANDARD.get(c.dataset) == first["images"] else {}
+    known = PUBLISHED[c.dataset] if STANDARD.get(c.dataset) == (first["images"], c.min_depth, c.max_depth) else {}
     lines = depth_table({name: r["eigen"] for name, r in rows.items()} | known, first["images"])
     lines[0] += f"; {c.min_depth:g} to {c.max_depth:g} m, crop {CROPS[c.dataset]}" + f"; {first['left_out']} left out, without ground truth" * (first["left_out"] > 0)
     for name, r in rows.items():
@@ -280,8 +280,13 @@ def summary(scored):
 
 
 def load(pair, c):
-    """-> image (H, W, 3) uint8, ground truth (H, W) float32 metres."""
+    """-> image (H, W, 3) uint8, ground truth (H, W) float32 metres. Raises BadInput, naming the file, for what cannot be read or cropped."""
     image, depth = data_depth.load_pair(pair)
+    try:
+        part = data_depth.without_border(c.dataset, *depth.shape, training=False)
+        crop_mask(*depth[part].shape, CROPS[c.dataset])
+    except BadInput as e:
+        raise BadInput(f"{pair.image}: {e}") from None
     return image, depth.astype(np.float32) / np.float32(data_depth.SCALE[c.dataset])
 
 
@@ -375,6 +380,7 @@ def depth(
     pairs = data.evenly_spread(pairs, frames or (not splits and c.eval_frames) or len(pairs))
     scale = data_depth.SCALE[c.dataset]
     pictured = set(data.evenly_spread(range(len(pairs)), drawn))
+    paths = [None if model else find_prediction(source, pair.name, bts_names(pair.name)) for pair in pairs]  # missing ones are known at once
 
     scored = []
     for i, pair in enumerate(tqdm(pairs, dynamic_ncols=True, mininterval=1)):
@@ -382,8 +388,7 @@ def depth(
         if model:
             prediction, name = predict(model, image, c, run.device), pair.name
         else:
-            path = find_prediction(source, pair.name, bts_names(pair.name))
-            prediction, name = match_prediction(read_depth(path, scale), truth.shape, path), str(path)
+            prediction, name = match_prediction(read_depth(paths[i], scale), truth.shape, paths[i]), str(paths[i])
         scored.append(score(prediction, truth, c, name))
         if save:
             flat = pair.name.replace("/", "_") + ".png"
@@ -394,6 +399,6 @@ def depth(
             write_depth(prediction, save / flat, scale)
             if i in pictured:
                 pictures.draw_depth(image, prediction, truth, save / "pictures" / flat, pair.name, c.max_depth)
-    print("\n".join([*notes, *report(c, {source.parent.name if model else source.name: summary(scored)})]))
+    print("\n".join([*notes, *report(c, {(source.resolve().parent if model else source.resolve()).name: summary(scored)})]))
     if save:
         print(f"wrote {len(pairs)} predictions and {len(pictured)} pictures into {save}/")

@@ -197,8 +197,8 @@ class UpSample(nn.Module):
 
 class DenseDepth(nn.Module):
     """The decoder: 1x1 convolution with no ReLU on the deepest map, then once per map before it, halving the channels each time; one channel at
-    the end (toolbox, densedepth_head.py). channels: of the encoder's maps, shallowest first. forward: those maps -> (B, 1, h, w) logits of
-    the first map's size."""
+    the end (toolbox, densedepth_head.py). channels: of the encoder's maps, shallowest first. forward: those maps -> float32 (B, 1, h, w)
+    logits of the first map's size, float32 under autocast too."""
 
     def __init__(self, channels, width=0):
         super().__init__()
@@ -213,7 +213,8 @@ class DenseDepth(nn.Module):
         x = self.conv_list[0](maps[-1])
         for up, skip in zip(list(self.conv_list)[1:], reversed(maps[:-1])):
             x = up(x, skip)
-        return self.conv_depth(x)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would leave depth in steps of 1 %
+            return self.conv_depth(x.float())
 
 
 class DepthNet(nn.Module):
@@ -227,7 +228,7 @@ class DepthNet(nn.Module):
 
     def depth(self, image):
         """image (B, 3, H, W) -> metres in (0, max_depth), float32 (B, 1, H / 2, W / 2)."""
-        return self.decode_head(self.backbone(image)).float().sigmoid() * self.max_depth
+        return self.decode_head(self.backbone(image)).sigmoid() * self.max_depth
 
     def forward(self, batch, report=True):
         """batch of data_depth.augment -> loss, stats."""
@@ -354,22 +355,24 @@ def train(c):
         if loop.reporting:
             stats = loop.report(step // steps_per_epoch)
             loop.bar.set_postfix_str(f"loss {stats['loss']:.3f}, abs_rel {stats['abs_rel']:.3f}")
+        if loop.saving:  # first: judging may stop at a broken file
+            loop.save(inventory=inventory)
         if loop.judging:
             judged = eval_depth.judge(model, held_out, c, run)
             loop.judged("depth", judged)
-        if loop.saving:
-            loop.save(inventory=inventory)
     if not loop.stopping:
-        finish(model, c, run, pairs, held_out, loop.folder, judged)
+        finish(model, c, run, pairs, held_out, loop, judged)
 
 
-def finish(model, c, run, pairs, held_out, folder, judged):
+def finish(model, c, run, pairs, held_out, loop, judged):
     """The nine metrics on held-out frames, and a picture of one of them."""
     import eval_depth
 
-    if held_out and not judged:  # a finished run, started again
+    if held_out and not judged:  # a finished run, started again: for other frames, or as it was killed while judging
         judged = eval_depth.judge(model, held_out, c, run)
+        loop.log({"step": loop.start, "depth": judged})
     if run.main:
+        folder = loop.folder
         pictures.draw_depth_curves(folder / "log.jsonl", folder / "curves.png")
         said = eval_depth.draw(model, (held_out or pairs)[0], c, run.device, folder / "depth.png")
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndepth.png: {said}")
