@@ -3,6 +3,7 @@
     python eval.py match out/demo/last.pt --control out/wrong/last.pt       # does a place point out its own pixel?
     python eval.py probe out/demo/last.pt --also imagenet.pth               # how much depth can be read off the features?
     python eval.py show out/demo/last.pt --frame 3                          # four pictures of a frame
+    python eval.py depth out/depth_demo/last.pt                             # of finetune_depth.py: eval_depth.py says what
     python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image

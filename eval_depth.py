@@ -1,5 +1,8 @@
 """Depth maps beside ground truth, scored as papers on KITTI and NYU Depth do, and as KITTI's depth benchmark does.
 
+    python eval.py depth out/depth_kitti/last.pt --save predictions                             # a network's
+    python eval.py depth predictions --preset kitti --data-root data/kitti_raw                  # anybody's, from 16-bit PNGs
+
 Maps are float metres (H, W), in files 16-bit PNGs of metres x 256 (KITTI) or x 1000 (NYU). Ground truth is 0 where there is none.
 A figure is one image's first, then the mean over images. Two protocols, which are not to be mixed:
 
@@ -313,8 +316,8 @@ def draw(model, pair, c, device, path):
 
 
 def load_model(path, preset, device):
-    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of. -> model in eval mode, its Config,
-    name. Raises BadInput for any other file."""
+    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of. -> model in eval mode, its Config.
+    Raises BadInput for any other file."""
     import finetune_depth  # which imports this file
 
     saved = runtime.read_checkpoint(path)
