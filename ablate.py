@@ -128,13 +128,15 @@ class Options:
     only: tuple[str, ...] = ()
     """Of match: names of variants; () for all of them."""
     inits: tuple[str, ...] = ("none", "out/demo/backbone.pt")
-    """Of depth: weights that the image encoder starts from. {seed} stands for the seed."""
+    """Of depth: weights that the image encoder starts from. {seed} stands for the seed. A finished run is known by this path, not by what lies there."""
     labels: tuple[float, ...] = (1.0, 0.25)
     """Of depth: shares of the training pairs."""
 
 
 def variants_of(options):
     """{name: flags}. Raises BadInput for unknown names."""
+    if options.task == "depth" and options.only:
+        raise BadInput("--only: of --task match; --inits and --labels say what is run for depth")
     if options.task == "depth":
         return {f"{init}, {share:g} of labels": f"--init {shlex.quote(init)} --labels {share:g}" for share in options.labels for init in options.inits}
     unknown = set(options.only) - VARIANTS.keys()

@@ -455,7 +455,7 @@ def warp_images(images, size, A, colour, out_size, gamma=None):
     if (colour != torch.eye(3, 4)).any():
         M = (colour * torch.tensor([1.0, 1.0, 1.0, 255.0])).to(images.device, torch.float32, non_blocking=True)
         warped = (torch.einsum("bij,bjhw->bihw", M[:, :, :3], warped) + M[:, :, 3, None, None]).clamp_(0, 255)
-    mean, std = (255 * torch.tensor(t, device=images.device).view(3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (255 * torch.tensor(t).view(3, 1, 1).to(images.device, non_blocking=True) for t in (IMAGENET_MEAN, IMAGENET_STD))
     return (warped - mean) / std * inside[:, None]
 
 

@@ -11,15 +11,17 @@ As in pre-training, workers decode and draw random numbers, and the device augme
 image (bilinear) and depth (nearest) share. Pixels are (u, v) with (0, 0) at the centre of the top-left one.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import data
+import runtime
 from data import BadInput
 
 SCALE = {"kitti": 256, "nyu": 1000, "kitti_lidar": 256, "scenes": 256}  # units of a depth file per metre
@@ -51,7 +53,8 @@ def find_pairs(dataset, roots, depth_root="", splits=(), frame_stride=1, skip_mi
     if dataset in ("kitti", "nyu"):
         pairs, notes = [], []
         for split in splits:
-            listing = _first([Path(split), *(Path(root) / split for root in roots)])
+            listings = [Path(split), *(Path(root) / split for root in roots)]
+            listing = listings[_first(listings)]
             found, left_out = _read_listing(dataset, listing, roots, depth_root, skip_missing)
             pairs += found
             notes += [f"{listing}: {len(found)} pairs, {left_out}"] if left_out else []
@@ -77,7 +80,7 @@ def _read_listing(dataset, listing, roots, depth_root, skip_missing):
         lines = listing.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{listing}: not a readable split file ({getattr(e, 'strerror', None) or 'not text'})") from None
-    pairs, no_depth, missing, depth_roots = [], 0, 0, [depth_root] if depth_root else roots
+    pairs, no_depth, missing, depth_roots, found = [], 0, 0, [depth_root] if depth_root else roots, (0, 0)
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
@@ -96,19 +99,20 @@ def _read_listing(dataset, listing, roots, depth_root, skip_missing):
         depths = [Path(root, folder, part, depth) for root in depth_roots for folder in DEPTH_FOLDERS[dataset] for part in ("", "train", "val")]
         if dataset == "kitti":  # monodepth2 unpacks it into the drives
             depths += [Path(root, folder, Path(image).parts[0], depth) for root in depth_roots for folder in IMAGE_FOLDERS[dataset]]
-        pair = Pair(str(Path(image).with_suffix("")), _first(images), _first(depths))
+        found = [_first(paths, last) for paths, last in zip((images, depths), found)]
+        pair = Pair(str(Path(image).with_suffix("")), *(paths[i] for paths, i in zip((images, depths), found)))
         lost = [path for path in (pair.image, pair.depth) if not path.is_file()]
         if lost and not skip_missing:
-            raise BadInput(f"{lost[0]}: missing (line {number} of {listing}; --skip-missing leaves out pairs that lack a file)")
+            raise BadInput(f"{lost[0]}: missing, there and in the other usual places (line {number} of {listing}; --skip-missing leaves out pairs that lack a file)")
         missing += bool(lost)
         pairs += [pair] if not lost else []
     left_out = [f"{no_depth} without ground truth left out"] * bool(no_depth) + [f"{missing} with a missing file left out"] * bool(missing)
     return pairs, ", ".join(left_out)
 
 
-def _first(paths):
-    """The first that is there, or the first."""
-    return next((path for path in paths if path.is_file()), paths[0])
+def _first(paths, last=0):
+    """Number of the first path that is there, 0 for none; number `last`, where the line before had its file, is asked first."""
+    return next((i for i in (last, *range(len(paths))) if paths[i].is_file()), 0)
 
 
 def inventory(pairs):
@@ -173,9 +177,10 @@ def kb_window(height, width):
 
 
 def without_border(dataset, height, width, training):
-    """What the network gets of an image, as slices of rows and columns: KITTI's crop always; NYU's without its white frame, in training
-    alone, since its test images are whole; else everything. Raises BadInput for images of other sizes."""
-    if dataset in ("kitti", "kitti_lidar"):
+    """What the network gets of an image, as slices of rows and columns: KITTI's crop, of all images of KITTI's; NYU's without its white frame, in
+    training alone, since its test images are whole; else everything. Raises BadInput for images too small for that."""
+    kitti_sized = 370 <= height <= 376 and 1224 <= width <= 1242  # its drives' five sizes; other people's data are taken whole
+    if dataset == "kitti" or dataset == "kitti_lidar" and kitti_sized:
         return kb_window(height, width)
     if dataset == "nyu" and training:
         if (height, width) != (480, 640):
@@ -262,20 +267,23 @@ class DepthFrames(torch.utils.data.Dataset):
 def resident(dataset, batches, device):
     """Batches as runtime.stream makes them, from images and depths decoded once and kept on `device`, five bytes a pixel. Raises BadInput
     for a broken pair, and for images of different sizes, which have no place in one tensor."""
-    with ThreadPoolExecutor() as pool:
-        for i, sample in enumerate(pool.map(dataset.decoded, range(len(dataset)))):
-            h, w = sample["depth"].shape
-            if i == 0:
-                height, width = h, w
+    decoded = runtime.ahead(dataset.decoded, range(len(dataset)), threads=os.cpu_count())
+    for i, sample in enumerate(tqdm(decoded, "decoding", len(dataset), disable=len(dataset) < 1000, dynamic_ncols=True, mininterval=1)):
+        h, w = sample["depth"].shape
+        if i == 0:
+            height, width = h, w
+            try:
                 image = torch.empty(len(dataset), h, w, 3, dtype=torch.uint8, device=device)
                 depth = torch.empty(len(dataset), h, w, dtype=torch.int16, device=device)
-            if (h, w) != (height, width):
-                first, other = dataset.pairs[0].image, dataset.pairs[i].image
-                raise BadInput(f"{other}: --resident wants images of one size; of this one {w} x {h} pixels are used, of {first} {width} x {height}")
-            image[i], depth[i] = (torch.from_numpy(sample[key].copy()) for key in ("image", "depth"))  # torch wants them writable
+            except RuntimeError:  # of the GPU's memory, or the host's
+                raise BadInput(f"--resident: {len(dataset)} images of {w} x {h} take {len(dataset) * h * w * 5e-9:.0f} GB, which {device} does not have") from None
+        if (h, w) != (height, width):
+            first, other = dataset.pairs[0].image, dataset.pairs[i].image
+            raise BadInput(f"{other}: --resident wants images of one size; of this one {w} x {h} pixels are used, of {first} {width} x {height}")
+        image[i], depth[i] = (torch.from_numpy(sample[key].copy()) for key in ("image", "depth"))  # torch wants them writable
     for keys in batches:
-        at = torch.tensor([i for _, i in keys], device=device)
         batch = torch.utils.data.default_collate([dataset.drawn(epoch, i, width, height) for epoch, i in keys])
+        at = batch["index"].to(device, non_blocking=True)
         yield batch | {"image": image[at].permute(0, 3, 1, 2), "depth": depth[at], "size": torch.tensor([[width, height]]).expand(len(keys), 2)}
 
 

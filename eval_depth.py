@@ -14,6 +14,7 @@ The first agrees, on real maps and to 2e-7, with Monocular-Depth-Estimation-Tool
 Wrong input raises `BadInput`, one line.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,8 @@ from data import BadInput
 from data_depth import KB, kb_window
 
 CROPS = {"kitti": "garg", "kitti_lidar": "garg", "nyu": "eigen", "scenes": "none"}  # where ground truth counts, by data set
-STANDARD = {"kitti": (652, 1e-3, 80), "nyu": (654, 1e-3, 10)}  # what papers report: images with ground truth in the test split, range of depth
+# what papers report: data.fingerprint of the sorted names of Eigen's 652 images with ground truth, and of NYU's 654; range of depth
+STANDARD = {"kitti": ("b2603830d8f27010", 1e-3, 80), "nyu": ("b69a1438e6b67601", 1e-3, 10)}
 EIGEN = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "silog", "log10")  # of 1: a1 to a3, abs_rel; metres: sq_rel, rmse; silog x 100
 BENCHMARK = ("SILog", "absErrorRel", "sqErrorRel", "iRMSE")  # the leaderboard's names: x 100, %, % (over squared ground truth), 1/km
 GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)  # Garg's crop: rows from, to, columns from, to, as shares of the edges
@@ -58,10 +60,10 @@ PUBLISHED = {
 # metrics
 
 
-def kb_crop(map):
+def kb_crop(depth):
     """KITTI's maps as they are scored: (..., H, W) -> (..., 352, 1216), numpy or torch. Raises BadInput for a smaller one."""
-    rows, columns = kb_window(*map.shape[-2:])
-    return map[..., rows, columns]
+    rows, columns = kb_window(*depth.shape[-2:])
+    return depth[..., rows, columns]
 
 
 def crop_mask(height, width, crop):
@@ -240,11 +242,13 @@ def depth_table(rows, images):
 def report(c, rows):
     """Lines of text for {name: result of `judge`}; the published rows too, where the test split is the one they are of."""
     first = next(iter(rows.values()))
-    known = PUBLISHED[c.dataset] if STANDARD.get(c.dataset) == (first["images"], c.min_depth, c.max_depth) else {}
+    known = PUBLISHED[c.dataset] if STANDARD.get(c.dataset) == (first["names"], c.min_depth, c.max_depth) else {}
     lines = depth_table({name: r["eigen"] for name, r in rows.items()} | known, first["images"])
     lines[0] += f"; {c.min_depth:g} to {c.max_depth:g} m, crop {CROPS[c.dataset]}" + f"; {first['left_out']} left out, without ground truth" * (first["left_out"] > 0)
     for name, r in rows.items():
-        lines.append(f"{name}, as KITTI's benchmark (no range, no crop): " + ", ".join(f"{k} {r['benchmark'][k]:.2f}" for k in BENCHMARK))
+        figures = ", ".join(f"{k} {r['benchmark'][k]:.2f}" for k in BENCHMARK) if r["benchmark"] else "not to be had"
+        zeros = f"; without {r['zeros']} images where a prediction is 0" * (r["zeros"] > 0)
+        lines.append(f"{name}, as KITTI's benchmark (no range, no crop): {figures}{zeros}")
     return lines
 
 
@@ -270,16 +274,22 @@ def predict(model, image, c, device):
 
 
 def score(prediction, truth, c, name):
-    """Both protocols' figures of one image, each None without ground truth. prediction, truth: metres (H, W), whole images."""
+    """Both protocols' figures of one image, each None without ground truth, the benchmark's also where a prediction for ground truth is 0, as
+    in maps that are padded with it: True says so. prediction, truth: metres (H, W), whole images."""
     part = data_depth.without_border(c.dataset, *truth.shape, training=False)
     eigen = eigen_metrics(prediction[part], truth[part], c.min_depth, c.max_depth, CROPS[c.dataset], name)
-    return eigen, benchmark_metrics(prediction, truth, name)
+    zero = bool((prediction[truth > 0] == 0).any())
+    return eigen, None if zero else benchmark_metrics(prediction, truth, name), zero
 
 
-def summary(scored):
-    """{"eigen", "benchmark": means over images; "images", "left_out": how many} of the results of `score`."""
-    eigen, images, left_out = mean_over_images([e for e, _ in scored])
-    return {"eigen": eigen, "benchmark": mean_over_images([b for _, b in scored])[0], "images": images, "left_out": left_out}
+def summary(scored, names):
+    """Of the results of `score` for the images `names`: {"eigen", "benchmark": means over images; "images", "left_out", "zeros": how many; "names":
+    which images they are of}."""
+    eigens, benchmarks, zeros = zip(*scored)
+    eigen, images, left_out = mean_over_images(eigens)
+    benchmark = mean_over_images(benchmarks)[0] if any(benchmarks) else {}
+    kept = sorted(name for name, e in zip(names, eigens) if e)
+    return {"eigen": eigen, "benchmark": benchmark, "images": images, "left_out": left_out, "zeros": sum(zeros), "names": data.fingerprint(kept)}
 
 
 def load(pair, c):
@@ -298,11 +308,11 @@ def judge(model, pairs, c, run):
     rank 0's batch statistics, which are those that a checkpoint holds."""
     runtime.follow_main(model, run)
     model.eval()
-    scored = []
-    for i in tqdm(range(run.rank, len(pairs), run.world), desc="judging", disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1):
-        image, truth = load(pairs[i], c)
+    scored, mine = [], range(run.rank, len(pairs), run.world)
+    loaded = runtime.ahead(lambda i: load(pairs[i], c), mine)
+    for i, (image, truth) in zip(mine, tqdm(loaded, "judging", len(mine), disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1)):
         scored.append((i, score(predict(model, image, c, run.device), truth, c, pairs[i].name)))
-    return summary([s for _, s in sorted(run.gather(scored), key=lambda row: row[0])])
+    return summary([s for _, s in sorted(run.gather(scored), key=lambda row: row[0])], [p.name for p in pairs])
 
 
 def draw(model, pair, c, device, path):
@@ -316,8 +326,8 @@ def draw(model, pair, c, device, path):
 
 
 def load_model(path, preset, device):
-    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of. -> model in eval mode, its Config.
-    Raises BadInput for any other file."""
+    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of; a preset with a last.pt says what other data it
+    is to be judged on. -> model in eval mode, Config, names and sizes of the files it was trained on. Raises BadInput for any other file."""
     import finetune_depth  # which imports this file
 
     saved = runtime.read_checkpoint(path)
@@ -327,9 +337,12 @@ def load_model(path, preset, device):
         c, tensors = finetune_depth.PRESETS[preset][1], saved["state_dict"]
     else:
         c, tensors = runtime.config_of(saved, finetune_depth.Config, path, "finetune_depth.py"), saved["model"]
+        if preset:
+            own = {f: getattr(c, f) for f in ("image_encoder", "decoder_width", "image_scale", "max_depth")}
+            c = replace(finetune_depth.PRESETS[preset][1], **own)
     model = finetune_depth.DepthNet(c)
     runtime.load_exactly(model, tensors, path)
-    return model.to(device).eval(), c
+    return model.to(device, memory_format=torch.channels_last).eval(), c, set(saved.get("inventory", ()))
 
 
 def bts_names(name):
@@ -344,8 +357,8 @@ def depth(
     data_root: tuple[str, ...] = (),
     depth_root: str = "",
     splits: tuple[str, ...] = (),
-    frames: int = 0,
-    frame_stride: int = 0,
+    frames: int | None = None,
+    frame_stride: int | None = None,
     skip_missing: bool = False,
     save: Path | None = None,
     drawn: int = 8,
@@ -356,38 +369,41 @@ def depth(
     Args:
         source: last.pt of finetune_depth.py; a checkpoint of the depth toolbox; or a folder of 16-bit PNGs, one an image, at its size or that
             of KITTI's crop, metres times 256 (NYU: 1000).
-        preset: What a folder, or the toolbox's checkpoint, is of: data set, crops and range of depth. A last.pt says that itself.
+        preset: Data set, crops and range of depth: of a folder's predictions, or the toolbox's checkpoint. A last.pt has its own; with this it is
+            judged on another data set.
         data_root: Folders of images; by default the run's, or the preset's.
-        depth_root: Folder of ground truth, likewise.
-        splits: Split files, or names in ImageSets/; by default the --eval-splits.
-        frames: At most so many images, evenly spread; 0 for all.
-        frame_stride: Of raw drives without split files: keep every n-th frame.
+        depth_root: Folder of ground truth; by default the run's, or where --data-root is given, the same.
+        splits: Split files, or names in ImageSets/; by default the --eval-splits of the run or the preset.
+        frames: At most so many images, evenly spread; 0 for all; by default the run's --eval-frames.
+        frame_stride: Of raw drives without split files: keep every n-th frame; by default the run's.
         skip_missing: Leave out pairs that lack a file, instead of stopping at them.
         save: Folder to write predictions to, as 16-bit PNGs at the images' size, and pictures of some beside their ground truth.
-        drawn: So many pictures, evenly spread.
+        drawn: With --save, so many pictures, evenly spread.
         device: auto is the GPU if there is one.
     """
     import finetune_depth
 
     run = runtime.start_run(device)
+    if (frames or 0) < 0 or drawn < 0 or (frame_stride or 1) < 1:
+        raise BadInput(f"--frames {frames} --frame-stride {frame_stride} --drawn {drawn}: cannot be negative")
     if source.is_dir():
         if not preset:
             raise BadInput(f"{source}: a folder of predictions; --preset must say of what: {', '.join(finetune_depth.PRESETS)}")
-        model, c = None, finetune_depth.PRESETS[preset][1]
+        model, c, trained_on = None, finetune_depth.PRESETS[preset][1], set()
     else:
-        model, c = load_model(source, preset, run.device)
-    skip = skip_missing or c.skip_missing
-    pairs, notes = data_depth.find_pairs(
-        c.dataset, data_root or c.eval_root or c.data_root, depth_root or ("" if data_root else c.depth_root), splits or c.eval_splits, frame_stride or c.frame_stride, skip
-    )
-    pairs = data.evenly_spread(pairs, frames or (not splits and c.eval_frames) or len(pairs))
+        model, c, trained_on = load_model(source, preset, run.device)
+    roots, depth_root = data_root or c.eval_root or c.data_root, depth_root or ("" if data_root else c.depth_root)
+    pairs, notes = data_depth.find_pairs(c.dataset, roots, depth_root, splits or c.eval_splits, frame_stride or c.frame_stride, skip_missing or c.skip_missing)
+    pairs = data.evenly_spread(pairs, (c.eval_frames if frames is None else frames) or len(pairs))
+    seen = len(trained_on & set(data_depth.inventory(pairs)))
+    notes += [f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter"] if seen else []
     scale = data_depth.SCALE[c.dataset]
     pictured = set(data.evenly_spread(range(len(pairs)), drawn))
     paths = [None if model else find_prediction(source, pair.name, bts_names(pair.name)) for pair in pairs]  # missing ones are known at once
 
     scored = []
-    for i, pair in enumerate(tqdm(pairs, dynamic_ncols=True, mininterval=1)):
-        image, truth = load(pair, c)
+    for i, (image, truth) in enumerate(tqdm(runtime.ahead(lambda pair: load(pair, c), pairs), total=len(pairs), dynamic_ncols=True, mininterval=1)):
+        pair = pairs[i]
         if model:
             prediction, name = predict(model, image, c, run.device), pair.name
         else:
@@ -402,6 +418,6 @@ def depth(
             write_depth(prediction, save / flat, scale)
             if i in pictured:
                 pictures.draw_depth(image, prediction, truth, save / "pictures" / flat, pair.name, c.max_depth)
-    print("\n".join([*notes, *report(c, {(source.resolve().parent if model else source.resolve()).name: summary(scored)})]))
+    print("\n".join([*notes, *report(c, {(source.resolve().parent if model else source.resolve()).name: summary(scored, [p.name for p in pairs])})]))
     if save:
         print(f"wrote {len(pairs)} predictions and {len(pictured)} pictures into {save}/")

@@ -93,8 +93,9 @@ def draw_depth_curves(log_path, path):
     log, judged = ([line for line in lines if key in line] for key in ("lr", "depth"))
     steps = [line["step"] for line in log]
     errors = [(steps, [line["abs_rel"] for line in log], {"color": "tab:blue", "label": "training crops"})]
-    unseen = [line["depth"]["eigen"]["abs_rel"] for line in judged]
-    errors.append(([line["step"] for line in judged], unseen, {"color": "tab:green", "marker": "o", "ms": 3, "label": "unseen images"}))
+    if judged:
+        unseen = [line["depth"]["eigen"]["abs_rel"] for line in judged]
+        errors.append(([line["step"] for line in judged], unseen, {"color": "tab:green", "marker": "o", "ms": 3, "label": "unseen images"}))
     loss, rate = ((steps, values, {"label": label}) for values, label in (([line["loss"] for line in log], "SigLoss"), ([line["lr"][0] for line in log], "AdamW")))
     _draw_panels({"loss": [loss], "relative error (abs_rel)": errors, "learning rate": [rate]} if log else {}, path)
 
@@ -491,9 +492,9 @@ def draw_depth(image, prediction, truth, path, title, high=None):
         """Values (n,) at the pixels with ground truth; where less than half have it, as enlarged dots."""
         axis.set_facecolor("0.85")
         if share > 0.5:
-            map = np.full((height, width), np.nan)
-            map[rows, columns] = values
-            return axis.imshow(map, interpolation="nearest", **style)
+            dense = np.full((height, width), np.nan)
+            dense[rows, columns] = values
+            return axis.imshow(dense, interpolation="nearest", **style)
         axis.set_aspect("equal")
         return axis.scatter(columns[order], rows[order], c=values[order], s=(side * 7.4 * 72 / width) ** 2, marker="s", linewidths=0, **style)
 

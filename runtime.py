@@ -1,11 +1,13 @@
 """What every script needs and no method is about: the command line, processes, seeds, timing, checkpoints."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,7 +264,7 @@ def as_json(c, without=()):
 
 def config_of(saved, Config, path, script):
     """The Config of a last.pt's run. Raises BadInput for files that `script` did not write."""
-    if not isinstance(saved, dict) or not {"model", "config", "step", "identity"} <= saved.keys() or saved.get("script") != script:
+    if not isinstance(saved, dict) or not {"model", "config", "step", "identity"} <= saved.keys() or saved.get("script", "simipu.py") != script:
         raise BadInput(f"{path}: not a last.pt of {script}")
     fields = {f.name for f in dataclasses.fields(Config)}
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items() if k in fields})
@@ -320,6 +323,35 @@ def stream(dataset, batches, collate, workers, run):
         if isinstance(batch, BadInput):
             raise batch
         yield batch
+
+
+class Number:
+    """A scalar on its way from the GPU: whoever asks for it waits for that scalar, not for all that was queued behind it."""
+
+    def __init__(self, x):
+        self.value = torch.empty((), dtype=torch.float32, pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
+        self.arrived = torch.cuda.Event() if x.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def __float__(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.value.item()
+
+
+def ahead(function, items, threads=4):
+    """function(item) of each, in order, a few computed ahead of their use."""
+    items, queue = iter(items), collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            queue.extend(pool.submit(function, item) for item in itertools.islice(items, 2 * threads))
+            while queue:
+                result = queue.popleft().result()
+                queue.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Loop:
@@ -384,7 +416,7 @@ class Loop:
                 with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
                     loss, self.stats = self.wrapped(self.batch, self.reporting and last)
                 (loss / self.accumulate).backward()
-            self.unchecked.append((self.done, self.batch["index"], loss.detach()))
+            self.unchecked.append((self.done, self.batch["index"], Number(loss)))
             with self.clock.waiting():
                 self.batch = next_batch(step + last) if step + last < self.steps else None
         if step == self.start:
@@ -403,8 +435,9 @@ class Loop:
         self.judging = self.judges and (self.done == self.steps or bool(c.eval_every) and self.done % c.eval_every == 0 and not self.stopping)
         due = [u for u in self.unchecked if self.reporting or self.saving or self.judging or u[0] < self.done]
         self.unchecked = self.unchecked[len(due) :]
-        sound = not self.saving or all(p.isfinite().all() for p in self.owned)  # a finite loss may have had a gradient that was not
-        broken = [(at, self.names[i]) for at, index, loss in due if not (math.isfinite(loss) and sound) for i in index.tolist()]
+        # a finite loss may have had a gradient that was not
+        sound = not self.saving or bool(torch.stack([p.isfinite().all() for p in self.owned]).all())
+        broken = [(at, self.names[i]) for at, index, loss in due if not (math.isfinite(float(loss)) and sound) for i in index.tolist()]
         if run.any(bool(broken)):
             at, names = (sorted({row[i] for row in run.gather(broken)}) for i in (0, 1))
             run.fail(
