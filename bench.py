@@ -237,7 +237,7 @@ class Bench:
         self.repeats, self.json, self.lines, self.columns = o.repeats or (20 if self.cuda else 3), o.json, [], None
 
         depth = isinstance(o, Step) and o.task == "depth"
-        script, preset = (finetune_depth, data_depth.DepthFrames) if depth else (simipu, data.PretrainFrames)
+        script, frames = (finetune_depth, data_depth.DepthFrames) if depth else (simipu, data.PretrainFrames)
         samples = o.samples or (8 if self.cuda else 2)
         workers = o.workers if o.workers is not None else min(os.cpu_count(), 16) if self.cuda else 1
         sizes = {f: getattr(o, f) for f in ("num_points", "places", "image_encoder", "image_scale") if getattr(o, f)}
@@ -258,7 +258,7 @@ class Bench:
             raise BadInput(f"--samples {samples}: more than the {len(self.frames)} frames found")
 
         self.box = None if depth else evaluate.image_box(c)
-        self.dataset, start = preset(self.frames, c), time.perf_counter()
+        self.dataset, start = frames(self.frames, c), time.perf_counter()
         raw = data.collate([self.dataset[(0, i)] for i in range(samples)])
         self.decode_ms = 1e3 * (time.perf_counter() - start)
         self.batch = self.augment(raw)
@@ -529,8 +529,8 @@ def consecutive_steps(b, step, stages, modules, tail):
     add("decoding, one worker", [b.decode_ms], "", 0)
 
 
-def frozen_step(b, model, optimizers, tail):
-    """step(batch, dtype, enter) of a model, with rates of 0: the same work, and every run is the same step."""
+def frozen_step(b, model, optimizers, tail, clip=0.0):
+    """step(batch, dtype, enter) -> loss, stats, of a model, with rates of 0: the same work, and every run is the same step."""
     for parameters in (g for o in optimizers for g in o.param_groups):
         parameters["lr"] = 0.0
 
@@ -541,11 +541,13 @@ def frozen_step(b, model, optimizers, tail):
         enter("backward")
         loss.backward()
         enter("optimizers")
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         enter("end")
-        return loss.detach(), *stats.values()
+        return loss.detach(), stats
 
     return step
 
@@ -555,8 +557,8 @@ def bench_step(b):
     whole_step = frozen_step(b, model, simipu.build_optimizers(model, c), tail)
 
     def step(*arguments):
-        loss, *_, match_m, _ = whole_step(*arguments)
-        return loss, match_m
+        loss, stats = whole_step(*arguments)
+        return loss, stats["match_m"]
 
     modules = {"point encoder": model.pts_backbone, "image encoder": model.img_backbone}
     consecutive_steps(b, step, ("point encoder", "matching, not hidden", "image encoder"), modules, tail)
@@ -595,13 +597,14 @@ def bench_step(b):
 
 def bench_depth(b):
     model, c, tail = b.model, b.c, "loss"
-    ours = frozen_step(b, model, [finetune_depth.build_optimizer(model, c)], tail)
+    torch.backends.cudnn.benchmark = True  # as in training, ours and the toolbox's
+    ours = frozen_step(b, model, [finetune_depth.build_optimizer(model, c)], tail, c.clip)
     consecutive_steps(b, ours, ("encoder", "decoder"), {"encoder": model.backbone, "decoder": model.decode_head}, tail)
 
     # ============ one batch: beside the toolbox's way ============
     other = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     b.weights += other.parameters()
-    usual = frozen_step(b, other, [torch.optim.AdamW(other.parameters(), foreach=False)], tail)
+    usual = frozen_step(b, other, [torch.optim.AdamW(other.parameters(), foreach=False)], tail, c.clip)
 
     def masked_loss(prediction, truth):
         known = truth > 0
@@ -611,15 +614,16 @@ def bench_depth(b):
     batch = b.batch | {"image": b.batch["image"].contiguous()}
 
     def usual_step(dtype):
-        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype != torch.float32)  # while the clock runs, not where results are compared
+        tf32 = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=dtype != torch.float32)  # while the clock runs, not where results are compared
         with patch.object(finetune_depth, "sig_loss", masked_loss), tf32:
-            return usual(batch, torch.float32)
+            return usual(batch, torch.float32)[:1]
 
-    b.compare("step", f"{c.batch_size} images", lambda dtype: ours(b.batch, dtype), {"the toolbox's way": usual_step}, norms_differ, 1e-3)
+    b.compare("step", f"{c.batch_size} images", lambda dtype: ours(b.batch, dtype)[:1], {"the toolbox's way": usual_step}, norms_differ, 1e-3)
     row = b.lines[-1]
-    speed = {role: 1e3 * c.batch_size / row[f"{role}_ms"] for role in ("ours", "peer")}
+    whole = next(line["ms"] for line in b.lines if line.get("stage") == "all")
+    speed = {role: 1e3 * c.batch_size / row[f"{role}_ms"] for role in ("ours", "peer")} | {"with loading": 1e3 * c.batch_size / whole}
     memory = f"; peak {row['ours_peak_mb'] / 1e3:.1f} GB, {row['peer_peak_mb'] / 1e3:.1f} GB" if b.cuda else ""
-    print(f"\nimages/s, data on the device: {number(speed['ours'])}, the toolbox's way {number(speed['peer'])}{memory}")
+    print(f"\nimages/s: {number(speed['ours'])}, the toolbox's way {number(speed['peer'])}{memory}; with loading and augmentation {number(speed['with loading'])}")
     b.lines.append({"images_per_s": speed})
 
 

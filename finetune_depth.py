@@ -11,11 +11,11 @@ KITTI's Eigen split and NYU by the toolbox's recipe, on one GPU or several (same
     torchrun --standalone finetune_depth.py kitti_lidar --init out/kitti/backbone.pt --data-root data/kitti --splits train --eval-splits val
 
 Resume: the same command again. Every flag: `python finetune_depth.py kitti --help`. A run ends with its metrics on held-out frames,
-and writes out/NAME/: log.jsonl, last.pt, curves.png, depth.png. `python eval.py depth out/NAME/last.pt` judges again, on anything.
+and writes out/NAME/: log.jsonl, last.pt, curves.png, depth.png. `python eval.py depth out/NAME/last.pt` judges it again, or on other data.
 
-Network and recipe are those of the depth toolbox (zhyever/Monocular-Depth-Estimation-Toolbox, configs/simipu), with which both of the
-paper's tables on depth were made: ResNet-50, the decoder of DenseDepth (Alhashim and Wonka 2018), SigLoss (Eigen et al. 2014, weighted
-as in AdaBins), AdamW in one cycle. Constants that its configuration leaves to code are named where they stand.
+Network and recipe are those of the depth toolbox (zhyever/Monocular-Depth-Estimation-Toolbox, configs/simipu), whose logs of KITTI and
+NYU are the published rows: ResNet-50, the decoder of DenseDepth (Alhashim and Wonka 2018), SigLoss (Eigen et al. 2014, weighted as in
+AdaBins), AdamW in one cycle.
 """
 
 import math
@@ -47,7 +47,7 @@ class Config:
     data_root: tuple[str, ...] = ("data/kitti_raw",)
     """Folders of images; several are pooled."""
     depth_root: str = ""
-    """Folder of ground truth, of kitti and nyu; not given: the same."""
+    """Folder of the ground truth of kitti and nyu. Not given: it lies in data_root."""
     splits: tuple[str, ...] = ("kitti_eigen_train.txt",)
     """What is trained on: split files for kitti and nyu, here or in data_root; for the others names of files in ImageSets/."""
     eval_splits: tuple[str, ...] = ("kitti_eigen_test.txt",)
@@ -82,23 +82,23 @@ class Config:
     image_scale: float = 1.0
     """The network sees images this much smaller; its maps are enlarged again before they are scored."""
     colour_p: float = 0.5
-    """Probability of a change of colours:"""
+    """Probability that an image's colours change, by the next three."""
     gamma: tuple[float, float] = (0.9, 1.1)
-    """values of 0..255 to the power U(gamma),"""
+    """Pixels of 0..255 are taken to the power U(gamma)."""
     brightness: tuple[float, float] = (0.9, 1.1)
-    """times U(brightness),"""
+    """They are multiplied by U(brightness)."""
     channel_gain: tuple[float, float] = (0.9, 1.1)
-    """times U(channel_gain) for each channel."""
+    """Red, green and blue are each multiplied by U(channel_gain)."""
     # ---- network ----
     init: str = "none"
-    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch, every residual block an identity at first."""
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
     decoder_width: int = 0
-    """Channels of the decoder at its deepest, a power of two times as many as at each next level; 0: as many as the encoder has there
-    (2048 for ResNet-50, as in the toolbox)."""
+    """Channels of the decoder at its deepest, halved at each of the four levels after it. 0: as many as the encoder has there (2048 for
+    ResNet-50, as in the toolbox)."""
     max_depth: float = 80.0
     """Metres: the most that the network can say, and that is scored."""
     min_depth: float = 1e-3
@@ -107,8 +107,8 @@ class Config:
     batch_size: int = 16
     """Images per step, over all GPUs."""
     group: int = 8
-    """Images per forward pass, over which SigLoss and batch norm take their statistics: 8 on each of two GPUs in the toolbox. What of
-    batch_size is left over the GPUs is accumulated; fewer for each GPU make groups smaller."""
+    """Images per forward pass, over which SigLoss and batch norm take their statistics: 8 on each of two GPUs in the toolbox. If the GPUs
+    together take less than batch_size in a pass, passes are accumulated; a batch_size of less than this for each GPU makes groups smaller."""
     epochs: int = 24
     """The rate follows one cycle over all of them, so another number is another run."""
     max_steps: int = 0
@@ -143,7 +143,7 @@ PRESETS = {
         "Built-in scenes, ResNet-18, minutes on two CPU cores.",
         Config(
             dataset="scenes", data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",), workers=1, image_scale=1 / 3,
-            image_encoder="resnet18", batch_size=8, epochs=1000, max_steps=150, lr=5e-4, name="depth_demo", log_every=5, save_every=50,
+            image_encoder="resnet18", batch_size=8, max_steps=150, lr=5e-4, name="depth_demo", log_every=5, save_every=50,
         ),
     ),
     "kitti": ("KITTI's Eigen split: the toolbox's recipe.", Config()),
@@ -159,6 +159,10 @@ PRESETS = {
         Config(dataset="kitti_lidar", data_root=("data/kitti",), splits=("train",), eval_splits=("val",), name="depth_kitti_lidar"),
     ),
 }  # fmt: skip
+
+BETAS = (0.95, 0.99)  # of AdamW
+LOG_OFFSET, MEAN_WEIGHT = 1e-3, 0.15  # of SigLoss: metres added before logarithms; share of the squared mean
+WARM_UP, START, END = 0.3, 1 / 25, 1 / 2500  # of the cycle: share of the steps that it rises; first and last rate, as shares of the highest
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "depth_root", "workers", "resident", "name", "out", "device", "compile", "log_every", "save_every", "init"}
@@ -224,6 +228,8 @@ class DepthNet(nn.Module):
         super().__init__()
         self.max_depth = c.max_depth
         self.backbone = simipu.build_image_encoder(c.image_encoder)
+        if len(self.backbone.map_channels) != 5:
+            raise BadInput(f"--image-encoder {c.image_encoder}: has {len(self.backbone.map_channels)} maps; the decoder wants five, of strides 2 to 32")
         self.decode_head = DenseDepth(self.backbone.map_channels, c.decoder_width)
 
     def depth(self, image):
@@ -250,18 +256,18 @@ def sig_loss(prediction, truth):
     infinite slope is cut off.
     """
     known = truth > 0
-    g = torch.where(known, torch.log(prediction.float() + 1e-3) - torch.log(truth.float() + 1e-3), 0.0)
+    g = torch.where(known, torch.log(prediction.float() + LOG_OFFSET) - torch.log(truth.float() + LOG_OFFSET), 0.0)
     n = known.sum()  # by sums, not by indexing: no GPU is waited for
     mean = g.sum() / n.clamp(min=1)
     variance = torch.where(known, g - mean, 0.0).square().sum() / (n - 1).clamp(min=1)
-    return torch.where(n > 1, (variance + 0.15 * mean.square()).clamp(min=1e-12).sqrt(), g.sum() * 0.0)
+    return torch.where(n > 1, (variance + MEAN_WEIGHT * mean.square()).clamp(min=1e-12).sqrt(), g.sum() * 0.0)
 
 
 def one_cycle(step, steps):
     """The rate at a step, as a share of the highest: from 1/25 along a cosine to 1 at 30 % of the steps, and along another to 1/2500
     (Smith and Topin 2018, with the constants of mmcv's OneCycle and the toolbox's schedule)."""
-    top = 0.3 * steps - 1
-    low, high, at = (1 / 25, 1.0, step / top) if step < top else (1.0, 1 / 2500, (step - top) / max(steps - 1 - top, 1e-9))
+    top = WARM_UP * steps - 1
+    low, high, at = (START, 1.0, step / top) if step < top else (1.0, END, (step - top) / max(steps - 1 - top, 1e-9))
     return high + (low - high) * (1 + math.cos(math.pi * min(at, 1.0))) / 2
 
 
@@ -285,9 +291,19 @@ def check_config(c, world):
     return group
 
 
+def start_encoder(encoder, c):
+    """Load --init, or make the last batch norm of every residual block 0 (Goyal et al. 2017), as the toolbox's scratch runs do. -> a line for
+    the user."""
+    if c.init != "none":
+        return weights.load_image_encoder(encoder, c.init, c.init_pixels)
+    for block in (m for m in encoder.modules() if isinstance(m, (simipu.BasicBlock, simipu.Bottleneck))):
+        nn.init.zeros_((block.bn2 if block.expansion == 1 else block.bn3).weight)
+    return "image encoder: from scratch"
+
+
 def build_optimizer(model, c):
     """AdamW over all parameters alike, as in the toolbox; one kernel for all of them."""
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.95, 0.99), weight_decay=c.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=BETAS, weight_decay=c.weight_decay, fused=True)
     optimizer.param_groups[0]["initial_lr"] = c.lr
     return optimizer
 
@@ -316,7 +332,8 @@ def train(c):
 
     # ============ network and optimiser ============
     model = DepthNet(c).to(run.device, memory_format=torch.channels_last)
-    notes = [weights.load_image_encoder(model.backbone, c.init, c.init_pixels)] if c.init != "none" else []
+    notes = [start_encoder(model.backbone, c)]
+    torch.backends.cudnn.benchmark = True  # crops are of one size
     optimizer = build_optimizer(model, c)
     if c.compile:
         model.compile()
@@ -330,8 +347,8 @@ def train(c):
     steps_per_epoch = len(pairs) // c.batch_size
     steps = c.max_steps or c.epochs * steps_per_epoch
     # the encoder's start is part of the experiment, the path it lay at is not
-    start = "none" if c.init == "none" else runtime.hash_of(model.backbone.state_dict())
-    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory), "init": start}
+    start = {"init": "none" if c.init == "none" else runtime.hash_of(model.backbone.state_dict())}
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)} | start
     loop = runtime.Loop(c, run, model, [optimizer], identity, [p.name for p in pairs], accumulate, judges=bool(held_out))
     dataset = data_depth.DepthFrames(pairs, c)
     batches = data.Batches(len(pairs), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
@@ -342,10 +359,11 @@ def train(c):
 
     # ============ the loop ============
     about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
+    smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < min(c.group, c.batch_size))
     lines = [
         *notes,
         f"{c.name}: {len(pairs)} pairs, {len(held_out)} held out, {sum(p.numel() for p in loop.owned) / 1e6:.1f} M parameters, {run.world} x {run.device.type}",
-        f"a step: {c.batch_size} images = {run.world} processes x {accumulate} passes x {group}",
+        f"a step: {c.batch_size} images = {run.world} processes x {accumulate} passes x {group}{smaller}",
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
     ]
     loop.begin(steps, next_batch, about, lines)

@@ -248,7 +248,7 @@ def test_eval_depth_says_the_same(trained, run_here, scenes, tmp_path):
     assert status == 0, err
     assert [float(v) for v in row(again, "maps")] == pytest.approx([float(v) for v in row(first, "depth_demo")], rel=2e-3, abs=2e-3)
 
-    model, c = eval_depth.load_model(out / "last.pt", None, "cpu")
+    model, c, _ = eval_depth.load_model(out / "last.pt", None, "cpu")
     assert not model.training and c.data_root == (str(scenes),) and c.image_encoder == "resnet18" and c.crop == (704, 352)
 
 
@@ -271,7 +271,7 @@ def test_toolbox_checkpoints(trained, run_here, tmp_path, monkeypatch):
 
 def test_the_mirror_image_is_averaged(trained):
     """predict() by its parts, at a size with odd edges: both maps, cut to the range, enlarged, the second mirrored back."""
-    model, c = eval_depth.load_model(trained[0] / "last.pt", None, "cpu")
+    model, c, _ = eval_depth.load_model(trained[0] / "last.pt", None, "cpu")
     c = dataclasses.replace(c, image_scale=1.0, min_depth=9.0, max_depth=80.0)
     image = np.random.default_rng(0).integers(0, 256, (33, 71, 3), dtype=np.uint8)
     found = eval_depth.predict(model, image, c, torch.device("cpu"))
