@@ -384,8 +384,9 @@ def depth(
     import finetune_depth
 
     run = runtime.start_run(device)
-    if (frames or 0) < 0 or drawn < 0 or (frame_stride or 1) < 1:
-        raise BadInput(f"--frames {frames} --frame-stride {frame_stride} --drawn {drawn}: cannot be negative")
+    for flag, value, low in (("frames", frames, 0), ("frame-stride", frame_stride, 1), ("drawn", drawn, 0)):
+        if value is not None and value < low:
+            raise BadInput(f"--{flag} {value}: must be {low} or more")
     if source.is_dir():
         if not preset:
             raise BadInput(f"{source}: a folder of predictions; --preset must say of what: {', '.join(finetune_depth.PRESETS)}")

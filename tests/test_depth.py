@@ -248,8 +248,39 @@ def test_eval_depth_says_the_same(trained, run_here, scenes, tmp_path):
     assert status == 0, err
     assert [float(v) for v in row(again, "maps")] == pytest.approx([float(v) for v in row(first, "depth_demo")], rel=2e-3, abs=2e-3)
 
-    model, c, _ = eval_depth.load_model(out / "last.pt", None, "cpu")
-    assert not model.training and c.data_root == (str(scenes),) and c.image_encoder == "resnet18" and c.crop == (704, 352)
+    # zeros where there is ground truth: Eigen-style figures take them for 1 mm, the benchmark's are left out for that image, which is said
+    with Image.open(maps[0]) as image:
+        holed = np.array(image)
+    holed[::7] = 0
+    Image.fromarray(holed).save(maps[0])
+    status, again, err = run_here(evaluate, "depth", tmp_path / "maps", "--preset", "demo", "--data-root", scenes)
+    assert status == 0 and "SILog" in again and "without 1 images where a prediction is 0" in again and row(again, "maps") != row(first, "depth_demo"), err
+
+    model, c, trained_on = eval_depth.load_model(out / "last.pt", None, "cpu")
+    assert not model.training and c.data_root == (str(scenes),) and c.image_encoder == "resnet18" and c.crop == (704, 352) and len(trained_on) == 6
+
+
+def test_on_other_data(trained, run_here, scenes):
+    """--preset judges a network on another data set, sweeps of the same frames; frames that it was trained on are said."""
+    last = trained[0] / "last.pt"
+    status, dense, err = run_here(evaluate, "depth", last, "--splits", "train")
+    assert status == 0 and f"note: {last} was trained on 6 of these 6 images: its figures will flatter" in dense, err
+    status, sweeps, err = run_here(evaluate, "depth", last, "--preset", "kitti_lidar", "--data-root", scenes, "--splits", "train")
+    assert status == 0 and "crop garg" in sweeps and "crop none" in dense and "depth on 6 images" in sweeps, err
+    assert row(sweeps, "depth_demo") != row(dense, "depth_demo")
+
+
+def test_published_rows_stand_beside_their_images_alone():
+    """By the images' names, which here are rebuilt from nothing but their fingerprints, and the range of depth."""
+    figures = {"eigen": dict.fromkeys(eval_depth.EIGEN, 0.5), "benchmark": dict.fromkeys(eval_depth.BENCHMARK, 1.0), "images": 652, "left_out": 0, "zeros": 0}
+    standard = eval_depth.STANDARD["kitti"][0]
+    for c, names, expected in ((Config(), standard, 4), (Config(), "other", 0), (Config(max_depth=50.0), standard, 0), (Config(dataset="scenes"), standard, 0)):
+        lines = eval_depth.report(c, {"mine": figures | {"names": names}})
+        assert sum("published" in line for line in lines) == expected
+    scored = [(figures["eigen"], None, True), (None, None, False), (figures["eigen"], figures["benchmark"], False)]
+    total = eval_depth.summary(scored, ["b", "x", "a"])
+    assert total == eval_depth.summary(scored[::-1], ["a", "x", "b"]) and total["names"] == eval_depth.data.fingerprint(["a", "b"])
+    assert (total["images"], total["left_out"], total["zeros"]) == (2, 1, 1)
 
 
 def test_toolbox_checkpoints(trained, run_here, tmp_path, monkeypatch):
@@ -471,7 +502,7 @@ WRONG = {
     "batch": (["demo", "--data-root", "DATA", *SMALL, "--batch-size", 3, "--group", 2], "--batch-size 3: not a multiple of --group 2"),
     "gamma": (["demo", "--data-root", "DATA", *SMALL, "--gamma", 1.1, 0.9], "--gamma 1.1 0.9: must be above 0, the smaller first"),
     "seen": (["demo", "--data-root", "DATA", *SMALL, "--eval-splits", "trainval"], "--eval-splits trainval: 6 of its frames are trained on, training/00000"),
-    "too small": (["kitti_lidar", "--image-encoder", "resnet18", *SMALL, "--data-root", "DATA"], "too small for KITTI's crop of 352 x 1216"),
+    "too small": (["nyu", "--data-root", "SMALL", "--image-encoder", "resnet18", *SMALL, "--eval-splits"], "small/a.png: a map of 32 x 64 (height x width), where NYU has 480 x 640"),
     "no init": (["demo", "--data-root", "DATA", *SMALL, "--init", "nowhere.pt"], "nowhere.pt: no such file"),
 }
 
@@ -479,9 +510,22 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_input_is_one_line_and_leaves_no_trace(run_here, scenes, tmp_path, what):
     arguments, words = WRONG[what]
-    status, out, err = run_here(finetune_depth, *[scenes if a == "DATA" else a for a in arguments])
+    (tmp_path / "small").mkdir()
+    Image.fromarray(np.zeros((32, 64), np.uint8)).save(tmp_path / "small" / "a.png")
+    Image.fromarray(np.full((32, 64), 1000, np.uint16)).save(tmp_path / "small" / "b.png")
+    (tmp_path / "small" / "nyu_train.txt").write_text("a.png b.png 518.8\n" * 2)
+    status, out, err = run_here(finetune_depth, *[{"DATA": scenes, "SMALL": "small"}.get(a, a) for a in arguments])
     assert status == 1 and not out and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
     assert not (tmp_path / "out").exists()
+
+
+def test_scratch_starts_as_identities(run_here, scenes, tmp_path):
+    """The toolbox's start: the last batch norm of every residual block is 0, and its gradient is not."""
+    arguments = ["demo", "--data-root", scenes, *SMALL, "--max-steps", 1, "--lr", 1e-3, "--eval-splits"]
+    status, said, err = run_here(finetune_depth, *arguments)
+    assert status == 0 and "image encoder: from scratch" in said, err
+    weights = {k: v for k, v in load(tmp_path / "out" / "depth_demo" / "last.pt")["model"].items() if k.startswith("backbone.") and k.endswith("bn2.weight")}
+    assert len(weights) == 8 and all(0 < w.abs().max() < 1e-3 for w in weights.values())  # one step away from 0
 
 
 def test_wrong_predictions_are_one_line(run_here, scenes, tmp_path):
@@ -501,8 +545,9 @@ def test_wrong_predictions_are_one_line(run_here, scenes, tmp_path):
     status, out, err = run_here(evaluate, *start)
     words = f"error: {maps / f'training_{first}.png'}: 128 x 415 (height x width), ground truth is 128 x 416"
     assert status == 1 and not out and err.splitlines()[-1].startswith(words)
-    status, _, err = run_here(evaluate, *start, "--preset", "kitti_lidar")  # scenes are too small for it
-    assert status == 1 and f"{first}.png: a map of 128 x 416" in err and "too small for KITTI's crop" in err
+    for arguments, words in ((["--frames", -1], "--frames -1"), (["--drawn", -2], "--drawn -2"), (["--frame-stride", 0], "--frame-stride 0")):
+        status, _, err = run_here(evaluate, *start, *arguments)
+        assert status == 1 and err.startswith("error: ") and f"{words}: must be" in err
     status, _, err = run_here(evaluate, "depth", tmp_path / "nothing.pt")
     assert status == 1 and err == f"error: {tmp_path / 'nothing.pt'}: no such file\n"
     assert not (tmp_path / "new").exists()

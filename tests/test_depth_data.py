@@ -602,7 +602,9 @@ def test_broken_sweeps(tmp_path):
     root = kitti_frame(tmp_path, [(10, 0, 0)])
     (pair,), _ = find_pairs("kitti_lidar", [root], splits=("train",))
     small = kitti_frame(tmp_path / "small", [(10, 0, 0)], width=416, height=128)
-    assert f"{small}/training/image_2/000000.png: a map of 128 x 416" in one_line("kitti_lidar", find_pairs("kitti_lidar", [small], splits=("train",))[0][0])
+    other = find_pairs("kitti_lidar", [small], splits=("train",))[0][0]
+    assert f"{small}/training/image_2/000000.png: a map of 128 x 416" in one_line("kitti", other)
+    assert DepthFrames([other], Config(dataset="kitti_lidar")).decoded(0)["image"].shape == (128, 416, 3)  # of other sensors: whole
     pair.depth.write_bytes(b"12345")
     assert one_line("kitti_lidar", pair).startswith(f"{pair.depth}: truncated")
     pair.image.write_text("I am no image")
