@@ -276,19 +276,18 @@ def one_cycle(step, steps):
 
 
 def check_config(c, world):
-    """-> group, the images of one forward pass. Raises BadInput, naming the flag, for what cannot work."""
-    group = min(c.group, c.batch_size // world)
-    if group < 1 or c.batch_size % (group * world):
-        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
+    """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
+    split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every frame_stride lr max_depth min_depth image_scale labels", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e30, "above 0, the smaller first", rising=True)
     runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames weight_decay clip rotation crop decoder_width", 0, 1e30, "0 or more")
-    runtime.check_range(c, "labels image_scale rotation_p flip colour_p", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "labels rotation_p flip colour_p", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "image_scale", 0, 8, "8 or less")
     if c.decoder_width % 16:
         raise BadInput(f"--decoder-width {c.decoder_width}: must be a multiple of 16, as it is halved four times")
     if c.min_depth >= c.max_depth:
         raise BadInput(f"--min-depth {c.min_depth}: must be below --max-depth {c.max_depth:g}")
-    return group
+    return split
 
 
 def start_encoder(encoder, c):
@@ -327,8 +326,7 @@ def train(c):
     import eval_depth  # which imports this file
 
     run = runtime.start_run(c.device, c.seed)
-    group = check_config(c, run.world)
-    accumulate = c.batch_size // (group * run.world)
+    group, accumulate, a_step = check_config(c, run.world)
 
     # ============ network and optimiser ============
     model = DepthNet(c).to(run.device, memory_format=torch.channels_last)
@@ -359,11 +357,10 @@ def train(c):
 
     # ============ the loop ============
     about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
-    smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < min(c.group, c.batch_size))
     lines = [
         *notes,
         f"{c.name}: {len(pairs)} pairs, {len(held_out)} held out, {sum(p.numel() for p in loop.owned) / 1e6:.1f} M parameters, {run.world} x {run.device.type}",
-        f"a step: {c.batch_size} images = {run.world} processes x {accumulate} passes x {group}{smaller}",
+        a_step,
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
     ]
     loop.begin(steps, next_batch, about, lines)

@@ -257,6 +257,17 @@ def check_range(c, flags, low, high, what, rising=False):
             raise BadInput(f"--{flag.replace('_', '-')} {' '.join(map(str, values))}: must be {what}")
 
 
+def split_batch(c, world):
+    """How a step's c.batch_size frames are made up of forward passes of c.group, or fewer if there are too many processes. -> group; passes of
+    each process; the same in words. Raises BadInput where it does not come out even."""
+    group = min(c.group, c.batch_size // world)
+    if group < 1 or c.batch_size % (group * world):
+        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
+    accumulate = c.batch_size // (group * world)
+    smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < min(c.group, c.batch_size))
+    return group, accumulate, f"a step: {c.batch_size} frames = {world} processes x {accumulate} passes x {group} frames{smaller}"
+
+
 def as_json(c, without=()):
     """A config as plain values that survive a checkpoint and a comparison (tuples become lists)."""
     return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(c))).items() if k not in without}

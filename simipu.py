@@ -622,10 +622,8 @@ def load_frames(c, run):
 
 
 def check_config(c, world):
-    """-> group, the frames of one forward pass. Raises BadInput, naming the flag, for what cannot work."""
-    group = min(c.group, c.batch_size // world)
-    if group < 1 or c.batch_size % (group * world):
-        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
+    """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
+    split = runtime.split_batch(c, world)
     above_0 = "places epochs log_every save_every frame_stride temperature eval_frames image_lr point_lr point_hidden image_hidden embed_dim"
     runtime.check_range(c, above_0, 1e-30, 1e30, "above 0")
     runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames intra_weight inter_weight", 0, 1e30, "0 or more")
@@ -637,15 +635,14 @@ def check_config(c, world):
         raise BadInput(f"--image-scale {' '.join(map(str, c.image_scale))}: two numbers (width height) or four (smallest, then largest), from 32 on")
     if not c.inter_weight and (c.init or c.compile or not c.intra_weight):
         raise BadInput(f"--inter-weight 0: there is no image encoder for --init or --compile{', and with --intra-weight 0 nothing to learn' * (not c.intra_weight)}")
-    return group
+    return split
 
 
 def train(c):
     import eval as evaluate  # which imports this file
 
     run = runtime.start_run(c.device, c.seed)
-    group = check_config(c, run.world)
-    accumulate = c.batch_size // (group * run.world)
+    group, accumulate, a_step = check_config(c, run.world)
 
     # ============ networks and optimisers ============
     model = SimIPU(c).to(run.device, memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
@@ -679,11 +676,10 @@ def train(c):
     # ============ the loop ============
     about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
     million = sum(p.numel() for p in loop.owned) / 1e6
-    smaller = f" (not {c.group}: --batch-size is too small for so many processes)" * (group < c.group)
     lines = [
         *notes,
         f"{c.name}: {len(frames)} frames, {million:.1f} M parameters, {run.world} x {run.device.type}",
-        f"a step: {c.batch_size} frames = {run.world} processes x {accumulate} passes x {group} frames{smaller}, {group * c.places} pairs a pass",
+        f"{a_step}, {group * c.places} pairs a pass",
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
     ]
     loop.begin(steps, next_batch, about, lines)

@@ -222,7 +222,7 @@ def test_demo_in_miniature(trained):
     assert all(0.5 < line["known"] <= 1 for line in log)
     judged = [line for line in read_log(out) if "depth" in line]
     assert [line["step"] for line in judged] == [7, 14] and judged[1]["depth"]["images"] == 2 and judged[1]["depth"]["left_out"] == 0
-    assert "6 pairs, 2 held out" in said and "a step: 6 images = 1 processes x 1 passes x 6" in said and "depth on 2 images" in said
+    assert "6 pairs, 2 held out" in said and "a step: 6 frames = 1 processes x 1 passes x 6 frames" in said and "depth on 2 images" in said
     found = [judged[1]["depth"]["eigen"][k] for k in eval_depth.EIGEN]
     assert [float(v) for v in row(said, "depth_demo")] == pytest.approx(found, abs=6e-3) and len(found) == 9
     saved = load(out / "last.pt")
@@ -429,7 +429,7 @@ def test_two_processes(run_script, run_here, scenes, tmp_path):
     arguments = ["demo", "--data-root", scenes, *SMALL, "--batch-size", 4, "--group", 2, "--max-steps", 2, "--eval-splits", "val"]
     done = run_script("finetune_depth.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
-    assert "a step: 4 images = 2 processes x 1 passes x 2" in done.stdout and done.stdout.count("depth on 2 images") == 1
+    assert "a step: 4 frames = 2 processes x 1 passes x 2 frames" in done.stdout and done.stdout.count("depth on 2 images") == 1
     status, said, err = run_here(evaluate, "depth", tmp_path / "out" / "depth_demo" / "last.pt")
     assert status == 0, err
     assert row(said, "depth_demo") == row(done.stdout, "depth_demo")
