@@ -309,8 +309,8 @@ def judge(model, pairs, c, run):
     runtime.follow_main(model, run)
     model.eval()
     scored, mine = [], range(run.rank, len(pairs), run.world)
-    loaded = runtime.ahead(lambda i: load(pairs[i], c), mine)
-    for i, (image, truth) in zip(mine, tqdm(loaded, "judging", len(mine), disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1)):
+    loaded = tqdm(runtime.ahead(lambda i: load(pairs[i], c), mine), "judging", len(mine), disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1)
+    for (image, truth), i in zip(loaded, mine):
         scored.append((i, score(predict(model, image, c, run.device), truth, c, pairs[i].name)))
     return summary([s for _, s in sorted(run.gather(scored), key=lambda row: row[0])], [p.name for p in pairs])
 
@@ -403,8 +403,8 @@ def depth(
     paths = [None if model else find_prediction(source, pair.name, bts_names(pair.name)) for pair in pairs]  # missing ones are known at once
 
     scored = []
-    for i, (image, truth) in enumerate(tqdm(runtime.ahead(lambda pair: load(pair, c), pairs), total=len(pairs), dynamic_ncols=True, mininterval=1)):
-        pair = pairs[i]
+    loaded = tqdm(runtime.ahead(lambda pair: load(pair, c), pairs), total=len(pairs), dynamic_ncols=True, mininterval=1)
+    for i, ((image, truth), pair) in enumerate(zip(loaded, pairs)):
         if model:
             prediction, name = predict(model, image, c, run.device), pair.name
         else:
