@@ -373,7 +373,7 @@ class Loop:
         for step in loop:
             loop.update(next_batch, rate)                                       # forward, backward, optimisers
             if loop.reporting: stats = loop.report(...)
-            if loop.saving: loop.save(...)                                          # before judging, which a broken file may end
+            if loop.saving: loop.save(...)                                      # before judging, which a broken file may end
             if loop.judging: loop.judged(...)
 
     c has the fields out, name, log_every, save_every, eval_every, batch_size, amp. model(batch, report) -> loss, stats (a dict of scalar
