@@ -91,7 +91,10 @@ class Config:
     """Red, green and blue are each multiplied by U(channel_gain)."""
     # ---- network ----
     init: str = "none"
-    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch, every residual block an identity at first."""
+    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    zero_init_residual: bool = True
+    """From scratch, the last batch norm of every residual block starts at 0 (Goyal et al. 2017), as in the toolbox. Short runs learn faster
+    without."""
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     image_encoder: str = "resnet50"
@@ -291,12 +294,12 @@ def check_config(c, world):
 
 
 def start_encoder(encoder, c):
-    """Load --init, or make the last batch norm of every residual block 0 (Goyal et al. 2017), as the toolbox's scratch runs do. -> a line for
-    the user."""
+    """Load --init, or see to --zero-init-residual. -> a line for the user."""
     if c.init != "none":
         return weights.load_image_encoder(encoder, c.init, c.init_pixels)
-    for block in (m for m in encoder.modules() if isinstance(m, (simipu.BasicBlock, simipu.Bottleneck))):
-        nn.init.zeros_((block.bn2 if block.expansion == 1 else block.bn3).weight)
+    for block in encoder.modules() if c.zero_init_residual else ():
+        if isinstance(block, (simipu.BasicBlock, simipu.Bottleneck)):
+            nn.init.zeros_((block.bn2 if block.expansion == 1 else block.bn3).weight)
     return "image encoder: from scratch"
 
 

@@ -520,12 +520,14 @@ def test_wrong_input_is_one_line_and_leaves_no_trace(run_here, scenes, tmp_path,
 
 
 def test_scratch_starts_as_identities(run_here, scenes, tmp_path):
-    """The toolbox's start: the last batch norm of every residual block is 0, and its gradient is not."""
+    """The toolbox's start: the last batch norm of every residual block is 0, and its gradient is not; or at 1, where asked for."""
     arguments = ["demo", "--data-root", scenes, *SMALL, "--max-steps", 1, "--lr", 1e-3, "--eval-splits"]
-    status, said, err = run_here(finetune_depth, *arguments)
-    assert status == 0 and "image encoder: from scratch" in said, err
-    weights = {k: v for k, v in load(tmp_path / "out" / "depth_demo" / "last.pt")["model"].items() if k.startswith("backbone.") and k.endswith("bn2.weight")}
-    assert len(weights) == 8 and all(0 < w.abs().max() < 1e-3 for w in weights.values())  # one step away from 0
+    for flag, start in (("--zero-init-residual", 0), ("--no-zero-init-residual", 1)):
+        status, said, err = run_here(finetune_depth, *arguments, flag, "--name", f"from_{start}")
+        assert status == 0 and "image encoder: from scratch" in said, err
+        state = load(tmp_path / "out" / f"from_{start}" / "last.pt")["model"]
+        weights = [v for k, v in state.items() if k.startswith("backbone.") and k.endswith("bn2.weight")]
+        assert len(weights) == 8 and all(0 < (w - start).abs().max() < 1e-3 for w in weights)  # one step away
 
 
 def test_wrong_predictions_are_one_line(run_here, scenes, tmp_path):
