@@ -80,7 +80,7 @@ class Config:
     crop: tuple[int, int] = (704, 352)
     """Window of the image that is trained on (width, height), pixels; 0 for the whole edge. Metrics are of whole images."""
     image_scale: float = 1.0
-    """The network sees images this much smaller; its maps are enlarged again before they are scored."""
+    """Edges of the images that the network sees, over those of the files; its maps are brought back to the files' size before they are scored."""
     colour_p: float = 0.5
     """Probability that an image's colours change, by the next three."""
     gamma: tuple[float, float] = (0.9, 1.1)

@@ -441,7 +441,8 @@ def test_two_processes(run_script, run_here, scenes, tmp_path):
 
 def test_overfits_eight_frames_from_scratch(run_here, scenes, tmp_path):
     """Within 5 % on the frames it was trained on, judged as all runs are. Small built-in scenes, smooth, for want of resolution, and
-    symmetric, so that the mirror image, which judging looks at too, is nothing new."""
+    symmetric, so that the mirror image, which judging looks at too, is nothing new. As they are, eight scenes of 104 x 32 need ten minutes of a core:
+    .047 with --image-scale 2 --rotation-p 0 --colour-p 0 --max-steps 1500 --lr 2e-3 --decoder-width 256."""
     shutil.copytree(scenes, tmp_path / "tiny")
     for file in (tmp_path / "tiny" / "training" / "depth_2").iterdir():
         depth = data_depth.read_depth(file).astype(np.float32) / 256
