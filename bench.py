@@ -245,13 +245,12 @@ class Bench:
         if depth:
             scenes = sizes["synthetic_frames"] or Path(o.data_root, "training", "depth_2").is_dir()
             sizes["dataset"] = "scenes" if scenes else "kitti_lidar"
-        try:
-            self.c = c = replace(
-                script.PRESETS[o.preset][1], data_root=(o.data_root,), splits=o.splits, eval_splits=(),
-                batch_size=samples, group=samples, workers=workers, **sizes,
-            )  # fmt: skip
-        except TypeError:
-            raise BadInput("--num-points, --places, --image-scale: of --task pretrain alone") from None
+            if o.num_points or o.places or o.image_scale:
+                raise BadInput("--num-points, --places, --image-scale: of --task pretrain alone")
+        self.c = c = replace(
+            script.PRESETS[o.preset][1], data_root=(o.data_root,), splits=o.splits, eval_splits=(),
+            batch_size=samples, group=samples, workers=workers, **sizes,
+        )  # fmt: skip
         script.check_config(c, 1)
         self.frames, _, _ = script.load_frames(c, self.run)
         if samples > len(self.frames):

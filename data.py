@@ -52,6 +52,10 @@ class Frame:
     calib: tuple[Path, ...]  # one file: KITTI object; two: KITTI raw (cam_to_cam, velo_to_cam)
     drive: str | None = None  # the recording it is from, where that is known
 
+    @property
+    def files(self):
+        return self.image, self.cloud
+
 
 def find_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
     """All frames of `splits` under `root` (KITTI object), or of every drive under it (KITTI raw), in file order.
@@ -100,6 +104,14 @@ def evenly_spread(items, limit):
     return [items[i * len(items) // keep] for i in range(keep)]
 
 
+def check_unseen(frames, held_out, flag):
+    """Raises BadInput, naming the flag, for held-out frames with the name and the bytes of one that is trained on."""
+    names = {f.name for f in frames} & {f.name for f in held_out}  # usually none: nothing is asked of the disk
+    seen = sorted(set.intersection(*(set(inventory([f for f in some if f.name in names])) for some in (frames, held_out))))
+    if seen:
+        raise BadInput(f"{flag}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
+
+
 def find_held_out(c, frames):
     """The frames of --eval-splits (`c` is simipu.Config), none of them among `frames`, which are trained on. -> frames, a note to
     print or None. Raises BadInput as `find_frames`, for frames that are trained on, and for fewer than two."""
@@ -108,9 +120,7 @@ def find_held_out(c, frames):
     held_out = [f for root in c.eval_root or c.data_root for f in find_frames(root, c.eval_splits, c.frame_stride, c.skip_missing)]
     held_out = evenly_spread(held_out, c.eval_frames)
     splits = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
-    seen = sorted(set(inventory(frames)) & set(inventory(held_out)))
-    if seen:
-        raise BadInput(f"{splits}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
+    check_unseen(frames, held_out, splits)
     if len(held_out) < 2:
         raise BadInput(f"{splits}: judging needs two frames or more, for the other frame's image")
     drives = sorted({f.drive for f in frames if f.drive} & {f.drive for f in held_out})
@@ -167,8 +177,8 @@ def _raw_frames(root, frame_stride, skip_missing):
 
 
 def inventory(frames):
-    """One line a frame, in order: its name, and the bytes of its image and cloud. Equal lines are equal data, wherever they lie."""
-    return [f"{f.name} {f.image.stat().st_size} {f.cloud.stat().st_size}" for f in frames]
+    """One line a frame, in order: its name, and the bytes of its files. Equal lines are equal data, wherever they lie."""
+    return [" ".join([f.name, *(str(path.stat().st_size) for path in f.files)]) for f in frames]
 
 
 def fingerprint(lines):

@@ -43,6 +43,10 @@ class Pair:
     depth: Path  # a 16-bit PNG, or a sweep
     calib: tuple[Path, ...] = ()  # of a sweep: data.Frame's
 
+    @property
+    def files(self):  # for data.inventory
+        return self.image, self.depth
+
 
 def find_pairs(dataset, roots, depth_root="", splits=(), frame_stride=1, skip_missing=False):
     """All pairs of `splits`: split files for kitti and nyu (looked up in the roots, too), names of ImageSets/ for the other two.
@@ -54,7 +58,7 @@ def find_pairs(dataset, roots, depth_root="", splits=(), frame_stride=1, skip_mi
         pairs, notes = [], []
         for split in splits:
             listings = [Path(split), *(Path(root) / split for root in roots)]
-            listing = listings[_first(listings)]
+            listing = listings[_first(listings) or 0]
             found, left_out = _read_listing(dataset, listing, roots, depth_root, skip_missing)
             pairs += found
             notes += [f"{listing}: {len(found)} pairs, {left_out}"] if left_out else []
@@ -80,7 +84,7 @@ def _read_listing(dataset, listing, roots, depth_root, skip_missing):
         lines = listing.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{listing}: not a readable split file ({getattr(e, 'strerror', None) or 'not text'})") from None
-    pairs, no_depth, missing, depth_roots, found = [], 0, 0, [depth_root] if depth_root else roots, (0, 0)
+    pairs, no_depth, missing, depth_roots, last = [], 0, 0, [depth_root] if depth_root else roots, (0, 0)
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
@@ -99,25 +103,22 @@ def _read_listing(dataset, listing, roots, depth_root, skip_missing):
         depths = [Path(root, folder, part, depth) for root in depth_roots for folder in DEPTH_FOLDERS[dataset] for part in ("", "train", "val")]
         if dataset == "kitti":  # monodepth2 unpacks it into the drives
             depths += [Path(root, folder, Path(image).parts[0], depth) for root in depth_roots for folder in IMAGE_FOLDERS[dataset]]
-        found = [_first(paths, last) for paths, last in zip((images, depths), found)]
-        pair = Pair(str(Path(image).with_suffix("")), *(paths[i] for paths, i in zip((images, depths), found)))
-        lost = [path for path in (pair.image, pair.depth) if not path.is_file()]
+        found = [_first(paths, i) for paths, i in zip((images, depths), last)]
+        lost = [paths[0] for paths, i in zip((images, depths), found) if i is None]
         if lost and not skip_missing:
             raise BadInput(f"{lost[0]}: missing, there and in the other usual places (line {number} of {listing}; --skip-missing leaves out pairs that lack a file)")
-        missing += bool(lost)
-        pairs += [pair] if not lost else []
+        if lost:
+            missing += 1
+            continue
+        pairs.append(Pair(str(Path(image).with_suffix("")), images[found[0]], depths[found[1]]))
+        last = found
     left_out = [f"{no_depth} without ground truth left out"] * bool(no_depth) + [f"{missing} with a missing file left out"] * bool(missing)
     return pairs, ", ".join(left_out)
 
 
 def _first(paths, last=0):
-    """Number of the first path that is there, 0 for none; number `last`, where the line before had its file, is asked first."""
-    return next((i for i in (last, *range(len(paths))) if paths[i].is_file()), 0)
-
-
-def inventory(pairs):
-    """One line a pair, in order: its name, and the bytes of its files."""
-    return [f"{p.name} {p.image.stat().st_size} {p.depth.stat().st_size}" for p in pairs]
+    """Number of the first path that is there, None for none; number `last`, where the line before had its file, is asked first."""
+    return next((i for i in (last, *range(len(paths))) if paths[i].is_file()), None)
 
 
 # -----------------------------------------------------------------------------

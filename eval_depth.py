@@ -396,7 +396,7 @@ def depth(
     roots, depth_root = data_root or c.eval_root or c.data_root, depth_root or ("" if data_root else c.depth_root)
     pairs, notes = data_depth.find_pairs(c.dataset, roots, depth_root, splits or c.eval_splits, frame_stride or c.frame_stride, skip_missing or c.skip_missing)
     pairs = data.evenly_spread(pairs, (c.eval_frames if frames is None else frames) or len(pairs))
-    seen = len(trained_on & set(data_depth.inventory(pairs)))
+    seen = len(trained_on & set(data.inventory(pairs)))
     notes += [f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter"] if seen else []
     scale = data_depth.SCALE[c.dataset]
     pictured = set(data.evenly_spread(range(len(pairs)), drawn))

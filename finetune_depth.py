@@ -319,9 +319,7 @@ def load_frames(c, run):
     if c.eval_splits or c.eval_root:
         held_out, more = data_depth.find_pairs(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits, c.frame_stride, c.skip_missing)
         held_out, notes = data.evenly_spread(held_out, c.eval_frames or len(held_out)), notes + more
-    seen = sorted(set(data_depth.inventory(train)) & set(data_depth.inventory(held_out)))
-    if seen:
-        raise BadInput(f"--eval-splits {' '.join(c.eval_splits)}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
+    data.check_unseen(train, held_out, f"--eval-splits {' '.join(c.eval_splits)}")
     return data.evenly_spread(train, max(1, round(c.labels * len(train)))), held_out, "\n".join(notes) or None
 
 
@@ -344,7 +342,7 @@ def train(c):
     notes += [note] if note else []
     if len(pairs) < c.batch_size:
         raise BadInput(f"--batch-size {c.batch_size}: the {len(pairs)} pairs found are too few")
-    inventory = data_depth.inventory(pairs)
+    inventory = data.inventory(pairs)
     steps_per_epoch = len(pairs) // c.batch_size
     steps = c.max_steps or c.epochs * steps_per_epoch
     # the encoder's start is part of the experiment, the path it lay at is not

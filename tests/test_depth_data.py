@@ -479,7 +479,7 @@ def test_inventory(tmp_path):
     touch(tmp_path, IMAGE, DEPTH)
     (tmp_path / DEPTH).write_bytes(b"four")
     (tmp_path / "s.txt").write_text(KITTI_LINE)
-    assert data_depth.inventory(find_pairs("kitti", [tmp_path], splits=["s.txt"])[0]) == [f"{IMAGE.removesuffix('.png')} 1 4"]
+    assert data.inventory(find_pairs("kitti", [tmp_path], splits=["s.txt"])[0]) == [f"{IMAGE.removesuffix('.png')} 1 4"]
 
 
 def test_pairs_without_ground_truth_or_files(tmp_path):
