@@ -1,7 +1,7 @@
 """What it costs: every operation, and a training step, timed beside what a user would pick instead.
 
     python bench.py ops                          # full size on built-in scenes; 2 minutes on two idle CPU cores
-    python bench.py step                         # where the time and memory of a step go; 4 minutes, 12 GB
+    python bench.py step                         # where the time and memory of a step go; 5 minutes, 14 GB
     python bench.py step --preset demo           # the demo's sizes; half a minute
     python bench.py step --task depth            # a step of finetune_depth.py, likewise; 2 minutes
     python bench.py ops --data-root data/kitti --splits train --json ops.jsonl
@@ -12,13 +12,16 @@ Clouds and images always come from a data set, never from a random generator: ho
 How: the sides of a row run once each, and their results are compared in float32; then they take turns, A B B A. Times are medians,
 with the fastest run in brackets: the two far apart say that the machine was busy, and then not even ratios hold. ratio is peer /
 ours. saved is what autograd keeps alive for the backward pass, weights aside; peak, on GPUs, is what the allocator had to add to run
-a side. same is the error found: exact, or the norm of the difference relative to the peer's (see `differ` for indices). A wrong answer
-ends the program with status 1.
+a side. moved counts the bytes of every operation's operands and results once, which no program that fuses nothing can do without; of
+roofline is the time they take at the bandwidth of a large copy, measured in the same run, as a share of the stage's time. same is the
+error found: exact, or the norm of the difference relative to the peer's (see `differ` for indices). A wrong answer ends the program with
+status 1.
 
 The peers. ops: the torch loop that everybody writes for farthest points; ball query by cdist and topk, and by scipy's k-d tree; set
 abstractions that group, then run Conv2d, BatchNorm2d and ReLU over (B, C, M, k); F.grid_sample, image by image; scipy's assignment
 of full matrices, one after another. step: the same step with grouped set abstractions, serial scipy, and grid_sample image by image;
-its farthest points and balls stay ours, since the usual code has compiled CUDA operations for them. step --task depth: the same
+its farthest points and balls stay ours, since the usual code has compiled CUDA operations for them. Where sizes are drawn, the usual
+code draws one for each image and pads the batch to the largest: a second row has images that much larger. step --task depth: the same
 network in the toolbox's way, that is float32 (TF32 where a GPU has it), channels first, an unfused AdamW, a loss that indexes by a mask.
 """
 
@@ -26,6 +29,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -46,6 +50,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import data_depth
@@ -216,7 +222,10 @@ def costs_differ(ours, peer):
 # -----------------------------------------------------------------------------
 # measuring
 
-WIDTHS = {"op": 22, "shape": 30, "ours, ms": 15, "peer": 16, "peer, ms": 15, "ratio": 5, "same": 5, "stage": 22, "ms": 15, "share": 6, "saved, MB": 9}
+WIDTHS = {
+    "op": 22, "shape": 30, "ours, ms": 15, "peer": 16, "peer, ms": 15, "ratio": 5, "same": 5, "stage": 22, "ms": 15, "share": 6, "saved, MB": 9,
+    "kernel": 26, "type": 8, "blocks": 9,
+}  # fmt: skip
 
 
 class Bench:
@@ -234,7 +243,8 @@ class Bench:
         self.device, self.cuda = self.run.device, self.run.device.type == "cuda"
         torch.backends.cudnn.allow_tf32 = False  # what is compared in float32 should be float32
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations while the clock runs, as in training
-        self.repeats, self.json, self.lines, self.columns = o.repeats or (20 if self.cuda else 3), o.json, [], None
+        self.repeats, self.json, self.table, self.lines = o.repeats or (20 if self.cuda else 3), o.json, Table(), []
+        self.clock_runs = False  # until it does, peers must give the same results
 
         depth = isinstance(o, Step) and o.task == "depth"
         script, frames = (finetune_depth, data_depth.DepthFrames) if depth else (simipu, data.PretrainFrames)
@@ -260,7 +270,7 @@ class Bench:
         self.dataset, start = frames(self.frames, c), time.perf_counter()
         raw = data.collate([self.dataset[(0, i)] for i in range(samples)])
         self.decode_ms = 1e3 * (time.perf_counter() - start)
-        self.batch = self.augment(raw)
+        self.batch, self.sizes = self.augment(raw), raw["size"].numpy()  # (B, 2) (width, height) of the frames' own images
         self.model = (finetune_depth.DepthNet if depth else simipu.SimIPU)(c).to(self.device).train()
         self.weights = list(self.model.parameters())  # which autograd saves, too, but which are there anyway
         # not the points' layers: their peer's Conv2d would lose digits
@@ -318,11 +328,12 @@ class Bench:
                     result = side(dtype)
                 results.setdefault(name, result)  # float32's
                 saved[name] = size.total() / 1e6
-        runs = {name: [] for name in sides}
+        runs, self.clock_runs = {name: [] for name in sides}, True
         for i in range(self.repeats):
             for name, side in list(sides.items())[:: -1 if i % 2 else 1]:
                 ms, peak[name] = self.time(lambda: side(self.dtype))
                 runs[name].append(ms)
+        self.clock_runs = False
         figures = {"runs": runs, "saved_mb": saved} | ({"peak_mb": peak} if self.cuda else {})
         for peer in peers:
             row = {f"{role}_{key}": figure[name] for role, name in (("ours", "ours"), ("peer", peer)) for key, figure in figures.items()}
@@ -340,8 +351,27 @@ class Bench:
             ours, peer = row[f"ours_{kind}_mb"], row[f"peer_{kind}_mb"]
             cells[f"{kind}, MB: ours / peer"] = f"{number(ours)} / {number(peer)}" if ours else ""
         error = f"{row['error']:.0e}" if row["error"] else "exact"
-        self.print(cells | {"same": error if row["same"] else f"NO: {error}"})
+        self.table.print(cells | {"same": error if row["same"] else f"NO: {error}"})
         self.lines.append(row)
+
+    def copy_gb_per_s(self):
+        """What a copy far larger than the caches reads and writes: the memory's roofline."""
+        source = torch.zeros(2**30 if self.cuda else 2**27, dtype=torch.uint8, device=self.device)
+        target = torch.zeros_like(source)
+        return 2 * len(source) / min(self.time(lambda: target.copy_(source))[0] for _ in range(10)) / 1e6
+
+    def finish(self):
+        if self.json:
+            self.json.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        wrong = [line["op"] for line in self.lines if not line.get("same", True)]
+        if wrong:
+            raise BadInput(f"ours and the peer differ: {', '.join(wrong)}")
+
+
+class Table:
+    """Rows of cells as they come; new names of columns begin a new table."""
+
+    columns = None
 
     def print(self, cells):
         width = {name: max(len(name), WIDTHS.get(name, 0)) for name in cells}
@@ -350,13 +380,6 @@ class Bench:
             print("\n| " + " | ".join(f"{name:{width[name]}}" for name in cells) + " |")
             print("|" + "|".join("-" * (width[name] + 2) for name in cells) + "|")
         print("| " + " | ".join(f"{text:{width[name]}}" for name, text in cells.items()) + " |", flush=True)
-
-    def finish(self):
-        if self.json:
-            self.json.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        wrong = [line["op"] for line in self.lines if not line.get("same", True)]
-        if wrong:
-            raise BadInput(f"ours and the peer differ: {', '.join(wrong)}")
 
 
 def number(x):
@@ -388,6 +411,36 @@ def saved_for_backward(weights, stage=lambda: "all"):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield size
+
+
+class Traffic(TorchDispatchMode):
+    """Counts, in `bytes` by stage, what operations read and write: each operand and each result once, views and allocations free.
+    Less than any program moves that fuses nothing: batch norm and convolution's backward pass read some of theirs twice."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.stage, self.bytes = stage, Counter()
+
+    def count(self, tensors):
+        for t in tensors:
+            if isinstance(t, torch.Tensor):
+                self.bytes[self.stage()] += t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not function.name().startswith(("aten::empty", "aten::new_empty")):
+            self.count(tree_leaves((args, kwargs, result)))
+        return result
+
+    def __enter__(self):
+        launch = ops._launch  # kernels are no operations of torch's
+        self.kernels = patch.object(ops, "_launch", lambda kernel, grid, *args, **meta: (self.count(args), launch(kernel, grid, *args, **meta)))
+        self.kernels.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.kernels.stop()
+        return super().__exit__(*error)
 
 
 class Timeline:
@@ -498,8 +551,8 @@ def bench_ops(b):
 def consecutive_steps(b, step, stages, modules, tail):
     """Steps as training runs them, from loading processes, as a table by stage: `stages` before and after those inside forward, {stage:
     module} of which are `modules`; what forward does besides belongs to `tail`. step(batch, dtype, enter)."""
-    c = b.c
-    print(f"{c.workers} loading processes")
+    c, roofline = b.c, b.copy_gb_per_s()
+    print(f"{c.workers} loading processes; a copy moves {number(roofline)} GB/s")
     warm_up = 2  # the second still lives on frames that were loaded during the first
     batches = data.Batches(len(b.frames), c.batch_size, c.group, c.seed, steps=warm_up + b.repeats)
     stream, timelines = runtime.stream(b.dataset, batches, data.collate, c.workers, b.run), [Timeline(b.device) for _ in range(len(batches))]
@@ -510,22 +563,37 @@ def consecutive_steps(b, step, stages, modules, tail):
             timeline.enter("augment")
             step(b.augment(raw), b.dtype, timeline.enter)
     timeline = Timeline(b.device)
-    with timeline.watch(modules), saved_for_backward(b.weights, lambda: timeline.stage) as saved:
+    with timeline.watch(modules), saved_for_backward(b.weights, lambda: timeline.stage) as saved, Traffic(lambda: timeline.stage) as traffic:
         step(b.batch, b.dtype, timeline.enter)
     if b.cuda:
         torch.cuda.synchronize()
     steps = [timeline.read() for timeline in timelines[warm_up:]]
     whole = [s.total() for s in steps]
 
-    def add(stage, runs, share, mb):
-        b.print({"stage": stage, "ms": spread(runs), "share": share, "saved, MB": number(mb) if mb else ""})
-        b.lines.append({"stage": stage, "ms": statistics.median(runs), "runs": runs, "saved_mb": mb})
+    def add(stage, runs, share, saved, moved):
+        ms = statistics.median(runs)
+        row = {"stage": stage, "ms": ms, "runs": runs, "saved_mb": saved / 1e6, "moved_gb": moved / 1e9, "of_roofline": moved / 1e6 / roofline / ms}
+        cells = {"stage": stage, "ms": spread(runs), "share": share, "saved, MB": number(row["saved_mb"]) if saved else ""}
+        b.table.print(cells | {"moved, GB": number(row["moved_gb"]) if moved else "", "of roofline": f"{row['of_roofline']:.1%}" if moved else ""})
+        b.lines.append(row)
 
     for stage in ("waiting for data", "augment", *stages, tail, "backward", "optimizers"):
         runs = [s[stage] for s in steps]
-        add(stage, runs, f"{statistics.median(runs) / statistics.median(whole):.1%}", saved[stage] / 1e6)
-    add("all", whole, "", saved.total() / 1e6)
-    add("decoding, one worker", [b.decode_ms], "", 0)
+        add(stage, runs, f"{statistics.median(runs) / statistics.median(whole):.1%}", saved[stage], traffic.bytes[stage])
+    add("all", whole, "", saved.total(), traffic.bytes.total())
+    add("decoding, one worker", [b.decode_ms], "", 0, 0)
+    return roofline
+
+
+def images_per_s(b, row, roofline):
+    """What the `compare`d step comes to, and with loading."""
+    whole, peer = next(line for line in b.lines if line.get("stage") == "all"), row["peer"]
+    speed = {role: 1e3 * b.c.batch_size / ms for role, ms in (("ours", row["ours_ms"]), ("peer", row["peer_ms"]), ("with loading", whole["ms"]))}
+    share = 1e3 * whole["moved_gb"] / roofline / row["ours_ms"]
+    memory = f"; peak {row['ours_peak_mb'] / 1e3:.1f} GB, {row['peer_peak_mb'] / 1e3:.1f} GB" if b.cuda else ""
+    print(f"\nimages/s: {number(speed['ours'])} ({share:.1%} of the memory's roofline), {peer} {number(speed['peer'])}{memory}; ", end="")
+    print(f"with loading and augmentation {number(speed['with loading'])}")
+    b.lines.append({"images_per_s": speed, "of_roofline": share})
 
 
 def frozen_step(b, model, optimizers, tail, clip=0.0):
@@ -551,6 +619,18 @@ def frozen_step(b, model, optimizers, tail, clip=0.0):
     return step
 
 
+def padding(sizes, c):
+    """How many times the pixels of one drawn size for all images a batch has whose images, (B, 2) (width, height), each draw their own and are
+    padded to the largest: the mean over 1000 steps. 1 where nothing is drawn."""
+    boxes = np.array([[data.random_image_scale(c.image_scale, i, j) for j in range(len(sizes))] for i in range(1000)])  # (1000, B, 2)
+    pixels = []
+    for box in (boxes, boxes[:, :1]):
+        resized = (sizes * (box / sizes).min(2, keepdims=True)).round()  # (1000, B, 2)
+        canvas = np.ceil(resized.max(1) / data.SIZE_DIVISOR) * data.SIZE_DIVISOR
+        pixels.append(canvas.prod(1).mean())
+    return pixels[0] / pixels[1]
+
+
 def bench_step(b):
     model, c, tail = b.model, b.c, "heads, losses"
     whole_step = frozen_step(b, model, simipu.build_optimizers(model, c), tail)
@@ -560,7 +640,7 @@ def bench_step(b):
         return loss, stats["match_m"]
 
     modules = {"point encoder": model.pts_backbone, "image encoder": model.img_backbone}
-    consecutive_steps(b, step, ("point encoder", "matching, not hidden", "image encoder"), modules, tail)
+    roofline = consecutive_steps(b, step, ("point encoder", "matching, not hidden", "image encoder"), modules, tail)
 
     # ============ one batch: beside the usual step, and beside one that need not match ============
     match, seen, grouped = simipu.match_in_background, [], nn.ModuleList(Grouped(sa) for sa in model.pts_backbone.SA_modules)
@@ -570,27 +650,34 @@ def bench_step(b):
             model(b.batch, False)
         known[dtype] = match(*seen[-1])()
 
-    def usual_step(dtype):
+    def usual_step(dtype, batch=b.batch):
         with (
             patch.object(model.pts_backbone, "SA_modules", grouped),
             patch.object(simipu, "match_in_background", serial_scipy),
             patch.object(ops, "bilinear_sample", grid_sample_per_image),
         ):
-            return step(b.batch, dtype)
+            return step(batch, dtype)
+
+    usual, waste = {"the usual": usual_step}, padding(b.sizes, c)
+    if waste > 1:
+        print(f"\nimages of their own sizes, padded to the largest of {c.batch_size}: {waste:.2f} times the pixels of one size for all")
+        image = F.pad(b.batch["image"], (0, 0, 0, round((waste - 1) * b.batch["image"].shape[2])))  # below: all pixels stay where they are
+        usual["the usual, padded"] = lambda dtype: usual_step(dtype, b.batch | {"image": image} if b.clock_runs else b.batch)
 
     def step_with_known_pairs(dtype):
         with patch.object(simipu, "match_in_background", lambda *_: lambda: known[dtype]):
             return step(b.batch, dtype)
 
     # .05: once rounding breaks a tie among the farthest features, other places follow; `ops` holds each part to its own limit
-    for name, peer in (("the usual", usual_step), ("with known pairs", step_with_known_pairs)):
-        b.compare("step", f"{c.batch_size} frames", lambda dtype: step(b.batch, dtype), {name: peer}, norms_differ, 0.05)
-    with_matching = b.lines[-1]
+    for peers in (usual, {"with known pairs": step_with_known_pairs}):
+        b.compare("step", f"{c.batch_size} frames", lambda dtype: step(b.batch, dtype), peers, norms_differ, 0.05)
+    beside_usual, with_matching = b.lines[-2:]
     solve = lambda match: lambda _: match(*seen[-1])()
     b.compare("matching by itself", f"{c.batch_size} x {c.places} x {c.places}", solve(match), {"serial scipy": solve(serial_scipy)}, costs_differ, 1e-4)
     adds = [100 * (ours / peer - 1) for ours, peer in zip(with_matching["ours_runs"], with_matching["peer_runs"])]
     by_itself = 100 * b.lines[-1]["ours_ms"] / with_matching["peer_ms"]
     print(f"\nmatching adds {statistics.median(adds):.1f} % to a step (runs: {min(adds):.1f} to {max(adds):.1f}); hidden by nothing it would add {by_itself:.1f} %")
+    images_per_s(b, beside_usual, roofline)
     b.lines.append({"matching_adds_percent": statistics.median(adds), "matching_by_itself_percent": by_itself})
 
 
@@ -598,7 +685,7 @@ def bench_depth(b):
     model, c, tail = b.model, b.c, "loss"
     torch.backends.cudnn.benchmark = True  # as in training, ours and the toolbox's
     ours = frozen_step(b, model, [finetune_depth.build_optimizer(model, c)], tail, c.clip)
-    consecutive_steps(b, ours, ("encoder", "decoder"), {"encoder": model.backbone, "decoder": model.decode_head}, tail)
+    roofline = consecutive_steps(b, ours, ("encoder", "decoder"), {"encoder": model.backbone, "decoder": model.decode_head}, tail)
 
     # ============ one batch: beside the toolbox's way ============
     other = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
@@ -613,17 +700,12 @@ def bench_depth(b):
     batch = b.batch | {"image": b.batch["image"].contiguous()}
 
     def usual_step(dtype):
-        tf32 = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=dtype != torch.float32)  # while the clock runs, not where results are compared
+        tf32 = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=b.clock_runs)
         with patch.object(finetune_depth, "sig_loss", masked_loss), tf32:
             return usual(batch, torch.float32)[:1]
 
     b.compare("step", f"{c.batch_size} images", lambda dtype: ours(b.batch, dtype)[:1], {"the toolbox's way": usual_step}, norms_differ, 1e-3)
-    row = b.lines[-1]
-    whole = next(line["ms"] for line in b.lines if line.get("stage") == "all")
-    speed = {role: 1e3 * c.batch_size / row[f"{role}_ms"] for role in ("ours", "peer")} | {"with loading": 1e3 * c.batch_size / whole}
-    memory = f"; peak {row['ours_peak_mb'] / 1e3:.1f} GB, {row['peer_peak_mb'] / 1e3:.1f} GB" if b.cuda else ""
-    print(f"\nimages/s: {number(speed['ours'])}, the toolbox's way {number(speed['peer'])}{memory}; with loading and augmentation {number(speed['with loading'])}")
-    b.lines.append({"images_per_s": speed})
+    images_per_s(b, b.lines[-1], roofline)
 
 
 def main():

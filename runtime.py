@@ -224,8 +224,8 @@ def provenance(run, script):
         dirty = bool(subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         revision = dirty = None  # not a checkout
-    packages = {}
-    for name in ("torch", "triton", "numpy", "scipy", "pillow", "timm"):
+    packages = {"torch": str(torch.__version__)}  # which, unlike the package's own, says for what CUDA it was built
+    for name in ("triton", "numpy", "scipy", "pillow", "timm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.machine()

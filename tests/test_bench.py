@@ -3,8 +3,14 @@
 import json
 import statistics
 
+import numpy as np
 import pytest
 import torch
+
+import bench as benchmark
+import data
+import ops_triton as ops
+import simipu
 
 SMALL = ["--samples", 2, "--repeats", 2, "--threads", 1, "--num-points", 1024, "--places", 32, "--image-encoder", "resnet18", "--image-scale", 160, 64]
 PEERS = {
@@ -19,6 +25,7 @@ PEERS = {
 }
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
@@ -73,7 +80,10 @@ def test_step(run_script, tmp_path, scenes, device):
     assert all(row["ms"] > 0 for row in stages.values())
     parts = [row for stage, row in stages.items() if stage not in ("all", "decoding, one worker")]
     assert [sum(t) for t in zip(*(row["runs"] for row in parts))] == pytest.approx(stages["all"]["runs"])
-    assert sum(row["saved_mb"] for row in parts) == pytest.approx(stages["all"]["saved_mb"])
+    for figure in ("saved_mb", "moved_gb"):
+        assert sum(row[figure] for row in parts) == pytest.approx(stages["all"][figure])
+    assert {stage for stage, row in stages.items() if row["moved_gb"] > 1e-4} == {"point encoder", "image encoder", "heads, losses", "backward", "optimizers", "all"}
+    assert stages["backward"]["moved_gb"] > stages["image encoder"]["moved_gb"] > stages["image encoder"]["saved_mb"] / 1e3  # what is saved was written
     assert {stage for stage, row in stages.items() if row["saved_mb"]} == {"point encoder", "image encoder", "heads, losses", "all"}
     pairs = [row for row in rows if "op" in row]
     assert [(row["op"], row["peer"]) for row in pairs] == [("step", "the usual"), ("step", "with known pairs"), ("matching by itself", "serial scipy")]
@@ -83,6 +93,9 @@ def test_step(run_script, tmp_path, scenes, device):
     assert pairs[0]["ours_saved_mb"] < pairs[0]["peer_saved_mb"]
     adds = [100 * (a / b - 1) for a, b in zip(pairs[1]["ours_runs"], pairs[1]["peer_runs"])]
     assert rows[-1]["matching_adds_percent"] == pytest.approx(statistics.median(adds)) and "matching adds" in out
+    speed = rows[-2]["images_per_s"]
+    assert speed == pytest.approx({"ours": 2e3 / pairs[0]["ours_ms"], "peer": 2e3 / pairs[0]["peer_ms"], "with loading": 2e3 / stages["all"]["ms"]})
+    assert rows[-2]["of_roofline"] == pytest.approx(stages["all"]["of_roofline"] * stages["all"]["ms"] / pairs[0]["ours_ms"])
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -97,6 +110,47 @@ def test_depth_step(run_script, tmp_path, scenes, device):
     check(pair)
     assert pair["ours_saved_mb"] == pytest.approx(stages["all"]["saved_mb"]) and stages["decoder"]["saved_mb"] > 0
     assert rows[-1]["images_per_s"]["ours"] == pytest.approx(2e3 / pair["ours_ms"])
+
+
+def test_traffic_counts_operands_and_results_once():
+    stage, a, b = "x", torch.ones(10, 4), torch.ones(1, 4)
+    with benchmark.Traffic(lambda: stage) as traffic:
+        c = a.T.T + b.expand(10, 4)  # 160 + 16 -> 160; no view is copied
+        stage = "y"
+        c.add_(torch.empty(10, 4))  # 160 + 160 -> 160
+        stage = "z"
+        torch.stack([a, a])  # 2 x 160 -> 320
+        stage = "backward"
+    assert traffic.bytes == {"x": 336, "y": 480, "z": 640}
+    x, y = torch.ones(10, 4, requires_grad=True), torch.ones(10, 4)
+    with benchmark.Traffic(lambda: "both") as traffic:
+        (x * y).backward(y)  # 320 -> 160, and the gradient of x: 320 -> 160
+    assert traffic.bytes == {"both": 960}
+
+
+@pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
+def test_traffic_of_kernels(monkeypatch):
+    xyz, launched = torch.rand(2, 50, 3, device=DEVICE), []
+    monkeypatch.setattr(ops, "_launch", launch := lambda kernel, *_, **__: launched.append(kernel))  # the interpreter itself would be counted
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with benchmark.Traffic(lambda: "") as traffic:
+        ops.ball_query(xyz, xyz, 0.3, 4, impl="triton")
+    assert traffic.bytes == {"": 2 * xyz.nbytes + 8 * 2 * 50 * 4} and len(launched) == 1 and ops._launch is launch
+
+
+def test_padding():
+    c, sizes = simipu.PRESETS["kitti"][1], np.array([[1242, 375], [1224, 370], [1242, 375]])
+
+    def pixels(boxes):
+        whole, flip = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64), torch.tensor([False])
+        resized = [data.image_affine(torch.tensor(size[None]), box, flip, whole)[1] for size, box in zip(sizes, boxes)]
+        width, height = (-(-edge // 32) * 32 for edge in torch.cat(resized).amax(0).tolist())
+        return width * height
+
+    draws = [[data.random_image_scale(c.image_scale, step, i) for i in range(3)] for step in range(1000)]
+    ratio = sum(pixels(boxes) for boxes in draws) / sum(pixels(boxes[:1] * 3) for boxes in draws)
+    assert benchmark.padding(sizes, c) == pytest.approx(ratio, rel=1e-3) and ratio > 1.2
+    assert benchmark.padding(sizes, simipu.PRESETS["demo"][1]) == benchmark.padding(sizes[:1], c) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""What the compiler makes of every Triton kernel, on a laptop as on a GPU: they are compiled for Hopper (sm_90) and not run.
+
+    python kernels.py                            # seconds; needs Triton, but no GPU, no driver and no data
+
+After a change to a kernel, before any time on a GPU: does it compile, how many registers does a thread need, does it spill, how many
+warps can a multiprocessor hold. `fused` counts fused multiply-adds in the machine code: they round once where torch rounds twice, and
+the sampling kernels' promise of equal indices everywhere holds only without them. What runs fast is for `bench.py` on a GPU to say.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+import tyro
+
+import ops_triton as ops
+import runtime
+import simipu
+from bench import Table
+from data import BadInput
+
+if ops.triton:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+
+@dataclass
+class Sizes:
+    samples: int = 8
+    """Frames in the batch, each in two views."""
+    num_points: int = 16384
+    places: int = 1024
+
+
+class Hopper:
+    """As much of a driver as Triton's compiler asks for."""
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+def compile_all(o):
+    """-> [(kernel's name, dtype of activations, its constants, compiled kernel)] of every launch that sampling and the first set abstraction
+    of training make, and of their backward passes. The operations are called as ever, but on tensors that have no memory."""
+    launched, run = [], JITFunction.run
+    tensor = functools.partial(torch.empty, device="meta")
+    B, N, M = 2 * o.samples, o.num_points, 4 * o.places
+    xyz, centers, uv = tensor(B, N, 3), tensor(B, M, 3), tensor(o.samples, o.places, 2, requires_grad=True)
+
+    def compile_only(kernel, *args, grid, warmup, **meta):
+        launched.append((kernel.__name__, dtype, meta, run(kernel, *args, grid=grid, warmup=True, **meta)))
+
+    with patch.object(JITFunction, "run", compile_only), patch.object(ops, "_use_triton", lambda *_: True):
+        dtype = torch.float32
+        ops.furthest_point_sample(xyz, M)
+        ops.furthest_point_sample_features(centers, tensor(B, M, simipu.AGGREGATION[0]), o.places)
+        for k in sorted(set(simipu.NEIGHBOURS[0])):
+            ops.ball_query(xyz, centers, simipu.RADII[0][0], k)
+        for dtype in (torch.bfloat16, torch.float32):
+            feature_map = tensor(o.samples, 2048, 12, 39, dtype=dtype, requires_grad=True, memory_format=torch.channels_last)
+            ops.bilinear_sample(feature_map, uv).sum().backward()
+            features = tensor(B, N, simipu.MLPS[0][-1][-1], dtype=dtype, requires_grad=True)
+            ops.gather_max(features, tensor(B, M, k, dtype=torch.int64)).sum().backward()
+    return launched
+
+
+def machine_code(kernel):
+    """-> a thread's registers, bytes of it that spill to memory, the kernel's fused multiply-adds: as the cuobjdump in Triton's package reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        said = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", said)[1]) for what in ("REG", "STACK"))
+    return registers, stack, len(re.findall(r"\bFFMA\b", said))
+
+
+def report(o):
+    if ops.triton is None:
+        raise BadInput("Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise BadInput("TRITON_INTERPRET=1: kernels would be interpreted, not compiled")
+    triton.runtime.driver.set_active(Hopper())
+    print(f"python kernels.py {' '.join(sys.argv[1:])}\ntriton {triton.__version__} for sm_90; {o.samples} frames, {o.num_points} points, {o.places} places")
+    table, rows = Table(), []
+    for name, dtype, constants, kernel in compile_all(o):
+        registers, spilled, fused = machine_code(kernel)
+        warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+        # a multiprocessor has 64 K registers, given to warps by the 256; 228 KB of shared memory, 1 KB of each program's lost; 64 warps, 32 programs
+        programs = min(65536 // (warps * -(-registers * 32 // 256) * 256), 228 * 1024 // (shared + 1024), 64 // warps, 32)
+        blocks = " ".join(str(v) for constant, v in constants.items() if constant.isupper() and not isinstance(v, bool))
+        row = {"kernel": name.strip("_"), "type": str(dtype)[6:], "blocks": blocks, "warps": warps, "registers": registers, "spilled, bytes": spilled}
+        row |= {"shared, bytes": shared, "resident warps": f"{warps * programs} of 64", "fused": fused}
+        if row not in rows:
+            rows.append(row)
+            table.print({column: str(cell) for column, cell in row.items()})
+
+
+def main():
+    runtime.command_line(lambda: tyro.cli(Sizes), report)
+
+
+if __name__ == "__main__":
+    main()
