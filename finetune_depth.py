@@ -348,7 +348,8 @@ def train(c):
     # the encoder's start is part of the experiment, the path it lay at is not
     start = {"init": "none" if c.init == "none" else runtime.hash_of(model.backbone.state_dict())}
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)} | start
-    loop = runtime.Loop(c, run, model, [optimizer], identity, [p.name for p in pairs], accumulate, judges=bool(held_out))
+    judgement = (lambda: eval_depth.judge(model, held_out, c, run)) if held_out else None
+    loop = runtime.Loop(c, run, model, [optimizer], identity, [p.name for p in pairs], accumulate, "depth", judgement)
     dataset = data_depth.DepthFrames(pairs, c)
     batches = data.Batches(len(pairs), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
     stream = data_depth.resident(dataset, batches, run.device) if c.resident else runtime.stream(dataset, batches, data.collate, c.workers, run)
@@ -365,7 +366,6 @@ def train(c):
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
     ]
     loop.begin(steps, next_batch, about, lines)
-    judged = None
     for step in loop:
         loop.update(next_batch, one_cycle(step, steps), c.clip)
         if loop.reporting:
@@ -374,26 +374,22 @@ def train(c):
         if loop.saving:  # first: judging may stop at a broken file
             loop.save(inventory=inventory)
         if loop.judging:
-            judged = eval_depth.judge(model, held_out, c, run)
-            loop.judged("depth", judged)
+            loop.judge()
     if not loop.stopping:
-        finish(model, c, run, pairs, held_out, loop, judged)
+        finish(model, c, run, pairs, held_out, loop)
 
 
-def finish(model, c, run, pairs, held_out, loop, judged):
+def finish(model, c, run, pairs, held_out, loop):
     """The nine metrics on held-out frames, and a picture of one of them."""
     import eval_depth
 
-    if held_out and not judged:  # a finished run, started again: for other frames, or as it was killed while judging
-        judged = eval_depth.judge(model, held_out, c, run)
-        loop.log({"step": loop.start, "depth": judged})
     if run.main:
         folder = loop.folder
         pictures.draw_depth_curves(folder / "log.jsonl", folder / "curves.png")
         said = eval_depth.draw(model, (held_out or pairs)[0], c, run.device, folder / "depth.png")
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndepth.png: {said}")
     if held_out and run.main:
-        print("\n" + "\n".join(eval_depth.report(c, {c.name: judged})))
+        print("\n" + "\n".join(eval_depth.report(c, {c.name: loop.judged})))
 
 
 def main():

@@ -209,11 +209,12 @@ def read_log(path):
 
 
 def cut_log(path, step):
-    """Leave only the lines up to `step` of a log.jsonl, none for step 0: a killed run has written past its checkpoint."""
-    kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step and step]
+    """Leave only the lines up to `step` of a log.jsonl, none for step 0: a killed run has written past its checkpoint. -> those lines."""
+    kept = [line for line in read_log(path) if line["step"] <= step and step]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, path)
+    return kept
 
 
 def provenance(run, script):
@@ -368,23 +369,25 @@ def ahead(function, items, threads=4):
 class Loop:
     """The steps of a run that may be killed at any moment and goes on from its last checkpoint to the same numbers.
 
-        loop = Loop(c, run, model, optimizers, identity, names, accumulate)     # loop.start: steps already done
+        loop = Loop(c, run, model, optimizers, identity, names, accumulate, what, judgement)    # loop.start: steps already done
         loop.begin(steps, next_batch, about, lines)                             # the first thing that writes
         for step in loop:
             loop.update(next_batch, rate)                                       # forward, backward, optimisers
             if loop.reporting: stats = loop.report(...)
             if loop.saving: loop.save(...)                                      # before judging, which a broken file may end
-            if loop.judging: loop.judged(...)
+            if loop.judging: loop.judge()                                       # loop.judged: what it last found
 
     c has the fields out, name, log_every, save_every, eval_every, batch_size, amp. model(batch, report) -> loss, stats (a dict of scalar
     tensors). identity: what must be as it was on resuming, or the run would be another experiment. names: of the frames, for
-    messages; a batch says under "index" which it holds. accumulate: forward passes per step.
+    messages; a batch says under "index" which it holds. accumulate: forward passes per step. judgement() -> figures, logged as `what`, if there
+    is anything to judge on; a run killed while it judged does so when it is started again, and so does a finished one.
     """
 
-    def __init__(self, c, run, model, optimizers, identity, names, accumulate=1, judges=False):
+    def __init__(self, c, run, model, optimizers, identity, names, accumulate=1, what="", judgement=None):
         self.c, self.run, self.model, self.optimizers, self.identity, self.names = c, run, model, optimizers, identity, names
-        self.accumulate, self.judges, self.folder = accumulate, judges, Path(c.out) / c.name
-        self.start = resume(self.folder / "last.pt", identity, model, optimizers)
+        self.accumulate, self.what, self.judgement, self.judged = accumulate, what, judgement, None
+        self.folder = Path(c.out) / c.name
+        self.start = self.done = resume(self.folder / "last.pt", identity, model, optimizers)
         self.groups = [g for o in optimizers for g in o.param_groups]  # after resuming, which makes new ones
         self.owned = [p for g in self.groups for p in g["params"]]
         assert len(self.owned) == len({id(p) for p in self.owned}) == sum(p.requires_grad for p in model.parameters())
@@ -396,14 +399,22 @@ class Loop:
         """Write the log's header, print `lines`. next_batch(step): the next forward pass's batch, augmented as in that step."""
         self.steps, self.about = steps, about
         self.batch = next_batch(self.start) if self.start < steps else None  # before anything is written: a broken data set leaves no trace
+        owed = False
         if self.run.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            cut_log(self.folder / "log.jsonl", self.start)
+            judged = any(line["step"] == self.start and self.what in line for line in cut_log(self.folder / "log.jsonl", self.start))
+            owed = bool(self.start and self.judgement) and (self.start == steps or self.judges_at(self.start) and not judged)
             print("\n".join(lines), flush=True)
+        self.owed = self.run.any(owed)
         self.log({"step": self.start, **about})
         self.asked_to_stop, self.stopping = catch_signals(), False
 
+    def judges_at(self, step):
+        return self.c.eval_every > 0 and step % self.c.eval_every == 0
+
     def __iter__(self):
+        if self.owed:
+            self.judge()
         self.model.train()
         self.clock, self.unchecked = Clock(), []
         self.bar = tqdm(total=self.steps, initial=self.start, disable=not self.run.main, dynamic_ncols=True, mininterval=1)
@@ -443,7 +454,7 @@ class Loop:
         # losses must be finite: the step before's are known without waiting for the GPU, this one's must be before anything is written
         self.stopping = run.any(bool(self.asked_to_stop))
         self.saving = self.done % c.save_every == 0 or self.done == self.steps or self.stopping
-        self.judging = self.judges and (self.done == self.steps or bool(c.eval_every) and self.done % c.eval_every == 0 and not self.stopping)
+        self.judging = bool(self.judgement) and (self.done == self.steps or self.judges_at(self.done) and not self.stopping)
         due = [u for u in self.unchecked if self.reporting or self.saving or self.judging or u[0] < self.done]
         self.unchecked = self.unchecked[len(due) :]
         # a finite loss may have had a gradient that was not
@@ -466,9 +477,10 @@ class Loop:
             with (self.folder / "log.jsonl").open("a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def judged(self, what, figures):
-        """A line of log.jsonl; the time that judging took is no step's."""
-        self.log({"step": self.done, what: figures})
+    def judge(self):
+        """A line of log.jsonl; the time it takes is no step's."""
+        self.judged = self.judgement()
+        self.log({"step": self.done, self.what: self.judged})
         self.model.train()
         self.clock = Clock()
 

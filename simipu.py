@@ -666,7 +666,9 @@ def train(c):
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
-    loop = runtime.Loop(c, run, model, optimizers, identity, [f.name for f in frames], accumulate, judges=bool(held_out))
+    # on every rank: recalibrating batch norm talks to the others
+    judgement = (lambda: evaluate.match(model, held_out, c, run.device)) if held_out else None
+    loop = runtime.Loop(c, run, model, optimizers, identity, [f.name for f in frames], accumulate, "match", judgement)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
     stream = runtime.stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
 
@@ -683,7 +685,6 @@ def train(c):
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
     ]
     loop.begin(steps, next_batch, about, lines)
-    judged = None
     for step in loop:
         epoch = step // steps_per_epoch
         loop.update(next_batch, c.lr_decay**epoch)
@@ -693,15 +694,14 @@ def train(c):
             stats = loop.report(epoch)
             loop.bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
         if loop.saving:
-            # for eval.py: what it is not to be judged on
-            loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
             if c.inter_weight and run.main:
                 save_backbone(model.img_backbone, c.image_encoder, loop)
+            # for eval.py: what it is not to be judged on
+            loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
         if loop.judging:
-            judged = evaluate.match(model, held_out, c, run.device)  # on every rank: recalibrating batch norm talks to the others
-            loop.judged("match", judged)
+            loop.judge()
     if not loop.stopping:
-        finish(model, c, run, frames, held_out, loop, judged)
+        finish(model, c, run, frames, held_out, loop)
 
 
 def save_backbone(encoder, arch, loop):
@@ -711,21 +711,18 @@ def save_backbone(encoder, arch, loop):
     runtime.save_atomically({"state_dict": state_dict, "arch": arch, "step": loop.done, "git": loop.about["git"], **pixels}, loop.folder / "backbone.pt")
 
 
-def finish(model, c, run, frames, held_out, loop, judged):
+def finish(model, c, run, frames, held_out, loop):
     """Pictures and, on held-out frames, the one number that tells learning from guessing by position."""
     import eval as evaluate
 
     folder = loop.folder
-    if held_out and not judged:  # a finished run, started again: for other frames, or because it was killed while judging
-        judged = evaluate.match(model, held_out, c, run.device)
-        loop.log({"step": loop.start, "match": judged})
     if run.main:
         pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
         view = data.view(data.PretrainFrames(frames, c), [(0, 0)], evaluate.image_box(c), run.device)
         pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out:
-        rows = {"random": evaluate.match_random(c, held_out, run.device), "trained": judged}
+        rows = {"random": evaluate.match_random(c, held_out, run.device), "trained": loop.judged}
         if run.main:
             print("\n" + "\n".join(evaluate.match_table(rows)))
 

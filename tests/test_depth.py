@@ -374,21 +374,32 @@ def test_resumes_exactly(run_here, scenes, tmp_path, monkeypatch):
 
 
 def test_a_broken_held_out_file_costs_no_step(run_here, scenes, tmp_path):
-    """The last step is saved before it is judged; judged it is when the file was mended, and the log has it."""
+    """A step is saved before it is judged; judged it is when the file was mended, in the middle of a run and at its end, once."""
     shutil.copytree(scenes, tmp_path / "scenes")
     held_out = (scenes / "ImageSets" / "val.txt").read_text().split()
     truth = tmp_path / "scenes" / "training" / "depth_2" / f"{held_out[-1]}.png"
     whole = truth.read_bytes()
     truth.write_bytes(whole[:400])
-    arguments = ["demo", "--data-root", tmp_path / "scenes", *SMALL, "--max-steps", 2]
-    status, _, err = run_here(finetune_depth, *arguments)
-    assert status == 1 and f"error: {truth}: not a readable PNG" in err and "Traceback" not in err
     out = tmp_path / "out" / "depth_demo"
-    assert load(out / "last.pt")["step"] == 2 and not [line for line in steps_of(out) if "depth" in line]
+    judged = lambda: [line["step"] for line in steps_of(out) if "depth" in line]
+    arguments = ["demo", "--data-root", tmp_path / "scenes", *SMALL, "--max-steps", 4, "--eval-every", 2, "--save-every", 2]
+
+    def ends_at(step):
+        status, _, err = run_here(finetune_depth, *arguments)
+        assert status == 1 and f"error: {truth}: not a readable PNG" in err and "Traceback" not in err
+        assert load(out / "last.pt")["step"] == step
+
+    ends_at(2)
+    ends_at(2)  # before another step
+    assert judged() == []
     truth.write_bytes(whole)
     status, said, err = run_here(finetune_depth, *arguments)
     assert status == 0 and "depth on 2 images" in said, err
-    assert [line["step"] for line in steps_of(out) if "depth" in line] == [2]
+    assert judged() == [2, 4]
+    lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if '"depth": {' not in line]
+    (out / "log.jsonl").write_text("".join(lines))  # as if it had been killed while judging the last step
+    status, again, err = run_here(finetune_depth, *arguments)
+    assert status == 0 and again.splitlines()[-1] == said.splitlines()[-1] and judged() == [4], err
 
 
 def test_init_loads_an_encoder(run_here, scenes, tmp_path):

@@ -114,7 +114,7 @@ def test_killed_during_a_save_resumes_exactly(scenes, tmp_path):
     out, temporary = tmp_path / "out" / "demo", tmp_path / "out" / "demo" / "last.pt.tmp"
     process = start(tmp_path, "--data-root", scenes, *RESUMED)
     try:
-        wait_until(lambda: (out / "backbone.pt").exists(), process)
+        wait_until(lambda: (out / "last.pt").exists(), process)
         wait_until(temporary.exists, process)
     finally:
         process.kill()
