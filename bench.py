@@ -292,6 +292,10 @@ class Bench:
     def autocast(self, dtype):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
+    def batch_for(self, dtype):
+        """The batch; but where results are compared in float32, of which bfloat16 takes half the memory, eight of its frames."""
+        return self.batch if dtype == self.dtype else {name: values[:8] for name, values in self.batch.items()}
+
     def trained(self, function, x, weights=()):
         """Forward and backward of function(x), as a side of a row."""
         inputs = {d: x.detach().to(d).requires_grad_(x.requires_grad) for d in (torch.float32, self.dtype)}
@@ -360,12 +364,9 @@ class Bench:
         target = torch.zeros_like(source)
         return 2 * len(source) / min(self.time(lambda: target.copy_(source))[0] for _ in range(10)) / 1e6
 
-    def finish(self):
+    def write(self):
         if self.json:
             self.json.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        wrong = [line["op"] for line in self.lines if not line.get("same", True)]
-        if wrong:
-            raise BadInput(f"ours and the peer differ: {', '.join(wrong)}")
 
 
 class Table:
@@ -647,30 +648,30 @@ def bench_step(b):
     known = {}
     for dtype in (torch.float32, b.dtype):
         with patch.object(simipu, "match_in_background", lambda *args: seen.append(args) or match(*args)), torch.no_grad(), b.autocast(dtype):
-            model(b.batch, False)
+            model(b.batch_for(dtype), False)
         known[dtype] = match(*seen[-1])()
 
-    def usual_step(dtype, batch=b.batch):
+    def usual_step(dtype, **changed):
         with (
             patch.object(model.pts_backbone, "SA_modules", grouped),
             patch.object(simipu, "match_in_background", serial_scipy),
             patch.object(ops, "bilinear_sample", grid_sample_per_image),
         ):
-            return step(batch, dtype)
+            return step(b.batch_for(dtype) | changed, dtype)
 
     usual, waste = {"the usual": usual_step}, padding(b.sizes, c)
     if waste > 1:
         print(f"\nimages of their own sizes, padded to the largest of {c.batch_size}: {waste:.2f} times the pixels of one size for all")
         image = F.pad(b.batch["image"], (0, 0, 0, round((waste - 1) * b.batch["image"].shape[2])))  # below: all pixels stay where they are
-        usual["the usual, padded"] = lambda dtype: usual_step(dtype, b.batch | {"image": image} if b.clock_runs else b.batch)
+        usual["the usual, padded"] = lambda dtype: usual_step(dtype, **({"image": image} if b.clock_runs else {}))
 
     def step_with_known_pairs(dtype):
         with patch.object(simipu, "match_in_background", lambda *_: lambda: known[dtype]):
-            return step(b.batch, dtype)
+            return step(b.batch_for(dtype), dtype)
 
     # .05: once rounding breaks a tie among the farthest features, other places follow; `ops` holds each part to its own limit
     for peers in (usual, {"with known pairs": step_with_known_pairs}):
-        b.compare("step", f"{c.batch_size} frames", lambda dtype: step(b.batch, dtype), peers, norms_differ, 0.05)
+        b.compare("step", f"{c.batch_size} frames", lambda dtype: step(b.batch_for(dtype), dtype), peers, norms_differ, 0.05)
     beside_usual, with_matching = b.lines[-2:]
     solve = lambda match: lambda _: match(*seen[-1])()
     b.compare("matching by itself", f"{c.batch_size} x {c.places} x {c.places}", solve(match), {"serial scipy": solve(serial_scipy)}, costs_differ, 1e-4)
@@ -711,8 +712,13 @@ def bench_depth(b):
 def main():
     def run(o):
         b = Bench(o)
-        bench_ops(b) if isinstance(o, Ops) else bench_depth(b) if o.task == "depth" else bench_step(b)
-        b.finish()
+        try:
+            bench_ops(b) if isinstance(o, Ops) else bench_depth(b) if o.task == "depth" else bench_step(b)
+        finally:  # minutes of a GPU are dear: what was measured is kept, whatever happened then
+            b.write()
+        wrong = [line["op"] for line in b.lines if not line.get("same", True)]
+        if wrong:
+            raise BadInput(f"ours and the peer differ: {', '.join(wrong)}")
 
     runtime.command_line(lambda: tyro.cli(Ops | Step), run)
 

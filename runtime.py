@@ -157,12 +157,15 @@ class Clock:
 
 
 def start_run(device="auto", seed=0):
-    """Join the process group if torchrun started us, choose the device, seed. -> Run. Raises BadInput without a GPU asked for."""
+    """Join the process group if torchrun started us, choose the device, seed. -> Run. Raises BadInput without a GPU asked for, or with too few."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: no GPU that this build of torch can use")
     cuda = device != "cpu" and torch.cuda.is_available()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if cuda:
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise BadInput(f"{here} processes on this machine but {gpus} GPU{'s' * (gpus > 1)}: --nproc_per_node={gpus}, or --device cpu")
         torch.cuda.set_device(local)
     control = None
     if world > 1:

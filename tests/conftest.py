@@ -8,7 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small work, on ma
 
 import torch
 
-if not torch.cuda.is_available():
+# Tests run on the CPU, where two runs are equal bit for bit and several processes find room; those marked `gpu` on the GPU, if there is one.
+GPU, is_available, VISIBLE = torch.cuda.is_available(), torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
+if GPU:
+    torch.cuda.init()  # here; what the tests start sees none
+    os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.is_available = "", lambda: False
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -16,6 +21,8 @@ sys.path.insert(0, str(REPO))
 import pytest
 
 import synthetic
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +56,15 @@ def raw_drive(scenes, tmp_path_factory):
     rotation = " ".join(velo[i] for i in (0, 1, 2, 4, 5, 6, 8, 9, 10))
     (date / "calib_velo_to_cam.txt").write_text(f"R: {rotation}\nT: {velo[3]} {velo[7]} {velo[11]}\n")
     return date.parent
+
+
+@pytest.fixture(autouse=True)
+def gpu(request, monkeypatch):
+    if GPU and request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        if VISIBLE is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
 
 
 @pytest.fixture(autouse=True)

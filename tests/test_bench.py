@@ -11,6 +11,7 @@ import bench as benchmark
 import data
 import ops_triton as ops
 import simipu
+from conftest import needs_gpu
 
 SMALL = ["--samples", 2, "--repeats", 2, "--threads", 1, "--num-points", 1024, "--places", 32, "--image-encoder", "resnet18", "--image-scale", 160, 64]
 PEERS = {
@@ -25,8 +26,7 @@ PEERS = {
 }
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+ON_GPU = pytest.param("cuda", marks=needs_gpu)
 
 
 def bench(run_script, tmp_path, scenes, command, device, *more):
@@ -46,7 +46,7 @@ def check(row):
     assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ours_ms"])
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 def test_ops(run_script, tmp_path, scenes, device):
     out, cells, (machine, *rows) = bench(run_script, tmp_path, scenes, "ops", device)
     assert "1024 points, 32 places, resnet18, images 160 x 64" in out and "torch" in machine["machine"]
@@ -69,7 +69,7 @@ def test_ops(run_script, tmp_path, scenes, device):
         assert by_op["all three"][f"{side}_runs"] == pytest.approx([sum(t) for t in zip(*(s[f"{side}_runs"] for s in stages))])
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 def test_step(run_script, tmp_path, scenes, device):
     out, _, (_, *rows) = bench(run_script, tmp_path, scenes, "step", device, "--preset", "demo")
     stages = {row["stage"]: row for row in rows if "stage" in row}
@@ -98,7 +98,7 @@ def test_step(run_script, tmp_path, scenes, device):
     assert rows[-2]["of_roofline"] == pytest.approx(stages["all"]["of_roofline"] * stages["all"]["ms"] / pairs[0]["ours_ms"])
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 def test_depth_step(run_script, tmp_path, scenes, device):
     arguments = ["--task", "depth", "--preset", "demo", "--device", device, "--data-root", scenes, "--samples", 2, "--repeats", 2, "--workers", 0]
     done = run_script("bench.py", "step", *arguments, "--json", "rows.jsonl")
@@ -130,7 +130,7 @@ def test_traffic_counts_operands_and_results_once():
 
 @pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
 def test_traffic_of_kernels(monkeypatch):
-    xyz, launched = torch.rand(2, 50, 3, device=DEVICE), []
+    xyz, launched = torch.rand(2, 50, 3), []
     monkeypatch.setattr(ops, "_launch", launch := lambda kernel, *_, **__: launched.append(kernel))  # the interpreter itself would be counted
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with benchmark.Traffic(lambda: "") as traffic:

@@ -20,6 +20,7 @@ import eval_depth
 import finetune_depth
 import runtime
 import simipu
+from conftest import needs_gpu
 from finetune_depth import Config, DenseDepth, DepthNet, one_cycle, sig_loss
 
 SMALL = ["--decoder-width", 64, "--image-scale", 0.25, "--workers", 0, "--log-every", 1, "--batch-size", 2]
@@ -315,6 +316,21 @@ def test_the_mirror_image_is_averaged(trained):
     model.eval()
     mirrored = eval_depth.predict(model, image[:, ::-1], c, torch.device("cpu"))
     np.testing.assert_allclose(mirrored[:, ::-1], found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_on_a_gpu(trained, run_script, scenes, tmp_path, device):
+    """In float32 the first loss is a CPU's; in bfloat16, with the data on the card, it learns, judges and draws."""
+    arguments = ["demo", "--data-root", scenes, *SMALL, "--batch-size", 6, "--lr", 3e-3, "--device", device]
+    done = run_script("finetune_depth.py", *arguments, "--no-amp", "--max-steps", 1, "--eval-splits", "--name", "float32")
+    assert done.returncode == 0, done.stderr
+    first = [next(line for line in read_log(folder) if "lr" in line) for folder in (trained[0], tmp_path / "out" / "float32")]
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=0.01) and first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=0.05)
+    done = run_script("finetune_depth.py", *arguments, "--max-steps", 14, "--resident", "--name", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in read_log(tmp_path / "out" / "bfloat16") if "lr" in line]
+    assert np.mean(losses[-4:]) < np.mean(losses[:2]) - 0.1 and row(done.stdout, "bfloat16"), losses
+    assert (tmp_path / "out" / "bfloat16" / "depth.png").exists()
 
 
 def test_finished_runs_and_other_programs_files(trained, run_here, tmp_path):

@@ -12,7 +12,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+import data
+import runtime
 import simipu
+from conftest import needs_gpu
 
 SMALL = ["--places", 32, "--num-points", 1024, "--image-scale", 160, 64, "--point-hidden", 32, "--image-hidden", 32, "--embed-dim", 32]
 SMALL += ["--batch-size", 4, "--log-every", 1]
@@ -67,6 +70,34 @@ def test_demo_in_miniature(run_script, run_here, tmp_path):
     assert figures(tmp_path / "out" / "again") == figures(out)[:5]
     status, _, said = run_here(simipu, *demo, "--name", "other", "--seed", 1, "--workers", 0, "--max-steps", 2, "--eval-splits")
     assert status == 0 and figures(tmp_path / "out" / "other")[1][2:] != figures(out)[1][2:], said
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_on_a_gpu(run_script, scenes, tmp_path, device):
+    """In float32 the first losses are a CPU's; in bfloat16 it learns, and a run that ended goes on."""
+
+    def log_of(name, *more):
+        done = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--name", name, *more)
+        assert done.returncode == 0, done.stderr
+        return read_log(tmp_path / "out" / name)
+
+    one, other = (log_of(name, "--device", name, "--no-amp", "--max-steps", 1)[0] for name in ("cpu", device))
+    assert [other[k] for k in ("intra", "inter", "match_m")] == pytest.approx([one[k] for k in ("intra", "inter", "match_m")], rel=0.01)
+    log_of("bfloat16", "--device", device, "--max-steps", 10)
+    log = log_of("bfloat16", "--device", device, "--max-steps", 30)
+    assert [line["step"] for line in log] == list(range(1, 31)) and all(line["memory_gb"] > 0 for line in log)
+    for loss in ("intra", "inter"):
+        values = [line[loss] for line in log]
+        assert np.mean(values[-6:]) < np.mean(values[:6]) - 0.1, values
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(data.BadInput, match="^2 processes on this machine but 1 GPU: --nproc_per_node=1, or --device cpu$"):
+        runtime.start_run()
 
 
 def test_two_processes(run_script, scenes, tmp_path):

@@ -13,12 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ops_triton as ops
+from conftest import GPU
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if GPU else "cpu"
 needs_triton = pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
 PATHS = ["torch", "dense", pytest.param("triton", marks=needs_triton)]
 
@@ -475,10 +474,11 @@ def test_a_real_cloud_on_the_torch_path(street):
 
 @needs_triton
 def test_a_real_cloud_through_the_kernels(street):
-    cloud = street[:, :1500]
-    picks = furthest("triton", cloud, 100)
-    assert picks.equal(ops.furthest_point_sample(cloud, 100))
-    features = torch.randn(1, 1500, 8, generator=torch.Generator().manual_seed(0))
+    n, m = (8192, 2048) if GPU else (1500, 100)
+    cloud = street[:, :n]
+    picks = furthest("triton", cloud, m)
+    assert picks.equal(ops.furthest_point_sample(cloud, m))
+    features = torch.randn(1, n, 8, generator=torch.Generator().manual_seed(0))
     assert furthest("triton", torch.cat([cloud, features], 2), 40).equal(ops.furthest_point_sample_features(cloud, features, 40))
     centers = cloud[:, picks[0]]
     assert ball("triton", cloud, centers, 0.8, 16, 0.4).equal(ops.ball_query(cloud, centers, 0.8, 16, 0.4))
