@@ -8,12 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small work, on ma
 
 import torch
 
-# Tests run on the CPU, where two runs are equal bit for bit and several processes find room; those marked `gpu` on the GPU, if there is one.
-GPU, is_available, VISIBLE = torch.cuda.is_available(), torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
-if GPU:
-    torch.cuda.init()  # here; what the tests start sees none
-    os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.is_available = "", lambda: False
-else:
+GPU, VISIBLE, is_available = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available
+if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -58,8 +54,19 @@ def raw_drive(scenes, tmp_path_factory):
     return date.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu():
+    """Scripts and what they start run on the CPU, where two runs are equal bit for bit and several processes find room."""
+    with pytest.MonkeyPatch.context() as patch:
+        if GPU:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def gpu(request, monkeypatch):
+    """Tests marked `gpu` see what the others do not."""
     if GPU and request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", is_available)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
