@@ -72,7 +72,7 @@ class Options:
     preset: Literal["kitti", "demo"] = "kitti"
     """Sizes of everything: the paper's with images of 1242 x 375, or those of `simipu.py demo`."""
     samples: int = 0
-    """Frames in the batch, each in two views. 0: 8 on a GPU, 2 on a CPU."""
+    """Frames in the batch, each in two views; of `step`, those of one forward pass, all each other's negatives. 0: 8 on a GPU, 2 on a CPU."""
     repeats: int = 0
     """Timed runs of each side. 0: 20 on a GPU, 3 on a CPU."""
     threads: int = 0
@@ -223,7 +223,7 @@ def costs_differ(ours, peer):
 # measuring
 
 WIDTHS = {
-    "op": 22, "shape": 30, "ours, ms": 15, "peer": 16, "peer, ms": 15, "ratio": 5, "same": 5, "stage": 22, "ms": 15, "share": 6, "saved, MB": 9,
+    "op": 22, "shape": 30, "ours, ms": 15, "peer": 17, "peer, ms": 15, "ratio": 5, "same": 5, "stage": 22, "ms": 15, "share": 6, "saved, MB": 9,
     "kernel": 26, "type": 8, "blocks": 9,
 }  # fmt: skip
 
@@ -270,7 +270,7 @@ class Bench:
         self.dataset, start = frames(self.frames, c), time.perf_counter()
         raw = data.collate([self.dataset[(0, i)] for i in range(samples)])
         self.decode_ms = 1e3 * (time.perf_counter() - start)
-        self.batch, self.sizes = self.augment(raw), raw["size"].numpy()  # (B, 2) (width, height) of the frames' own images
+        self.raw, self.batch = raw, self.augment(raw)
         self.model = (finetune_depth.DepthNet if depth else simipu.SimIPU)(c).to(self.device).train()
         self.weights = list(self.model.parameters())  # which autograd saves, too, but which are there anyway
         # not the points' layers: their peer's Conv2d would lose digits
@@ -324,22 +324,27 @@ class Bench:
         return start.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / 1e6
 
     def compare(self, op, shape, ours, peers, differ, limit):
-        """One row for each peer. A side is a function of the dtype that activations should have; `limit` is on the error."""
-        sides, results, saved, peak = {"ours": ours, **peers}, {}, {}, {}
-        for name, side in sides.items():
-            for dtype in dict.fromkeys((torch.float32, self.dtype)):
+        """One row for each peer that fits into memory. A side is a function of the dtype that activations should have; `limit` is on the error."""
+        sides, results, saved, peak = {"ours": ours}, {}, {}, {}
+        for name, side in {**sides, **peers}.items():
+            try:
+                self.clock_runs, results[name] = False, side(torch.float32)
+                self.clock_runs = True
                 with saved_for_backward(self.weights) as size:
-                    result = side(dtype)
-                results.setdefault(name, result)  # float32's
-                saved[name] = size.total() / 1e6
-        runs, self.clock_runs = {name: [] for name in sides}, True
+                    side(self.dtype)  # which warms up
+            except torch.OutOfMemoryError:
+                if name == "ours":
+                    raise
+                print(f"\n{op}, {shape}, {name}: out of memory", flush=True)
+                continue
+            sides[name], saved[name] = side, size.total() / 1e6
+        runs = {name: [] for name in sides}
         for i in range(self.repeats):
             for name, side in list(sides.items())[:: -1 if i % 2 else 1]:
                 ms, peak[name] = self.time(lambda: side(self.dtype))
                 runs[name].append(ms)
-        self.clock_runs = False
         figures = {"runs": runs, "saved_mb": saved} | ({"peak_mb": peak} if self.cuda else {})
-        for peer in peers:
+        for peer in list(sides)[1:]:
             row = {f"{role}_{key}": figure[name] for role, name in (("ours", "ours"), ("peer", peer)) for key, figure in figures.items()}
             error = differ(results["ours"], results[peer])
             self.add({"op": op, "shape": shape, "peer": peer, "error": error, "same": error <= limit} | row)
@@ -415,8 +420,12 @@ def saved_for_backward(weights, stage=lambda: "all"):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts, in `bytes` by stage, what operations read and write: each operand and each result once, views and allocations free.
-    Less than any program moves that fuses nothing: batch norm and convolution's backward pass read some of theirs twice."""
+    """Counts, in `bytes` by stage, what operations read and write: each operand and each result once, whole, views and allocations free.
+    Batch norm and convolution's backward pass read some operands twice, a gather reads only a part of one. On a CPU, where they are numpy's and
+    scipy's, the point operations are not seen."""
+
+    VIEWS = ("aten::_unsafe_view", "aten::empty", "aten::new_empty")  # besides those that say so
+    UNREAD = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_")  # the first operand
 
     def __init__(self, stage):
         super().__init__()
@@ -428,9 +437,15 @@ class Traffic(TorchDispatchMode):
                 self.bytes[self.stage()] += t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not function.is_view and not function.name().startswith(("aten::empty", "aten::new_empty")):
-            self.count(tree_leaves((args, kwargs, result)))
+        kwargs, name, schema = kwargs or {}, function.name(), function._schema
+        result = function(*args, **kwargs)
+        if function.is_view or name.startswith(self.VIEWS):
+            return result
+        given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
+        written = [value for a, value in given if a.alias_info and a.alias_info.is_write]
+        read = [value for a, value in given if not a.is_out][name.startswith(self.UNREAD) :]
+        made = [value for r, value in zip(schema.returns, result if len(schema.returns) > 1 else [result]) if not r.alias_info]
+        self.count(tree_leaves((read, written, made)))
         return result
 
     def __enter__(self):
@@ -565,7 +580,8 @@ def consecutive_steps(b, step, stages, modules, tail):
             step(b.augment(raw), b.dtype, timeline.enter)
     timeline = Timeline(b.device)
     with timeline.watch(modules), saved_for_backward(b.weights, lambda: timeline.stage) as saved, Traffic(lambda: timeline.stage) as traffic:
-        step(b.batch, b.dtype, timeline.enter)
+        timeline.enter("augment")
+        step(b.augment(b.raw), b.dtype, timeline.enter)
     if b.cuda:
         torch.cuda.synchronize()
     steps = [timeline.read() for timeline in timelines[warm_up:]]
@@ -586,14 +602,14 @@ def consecutive_steps(b, step, stages, modules, tail):
     return roofline
 
 
-def images_per_s(b, row, roofline):
-    """What the `compare`d step comes to, and with loading."""
-    whole, peer = next(line for line in b.lines if line.get("stage") == "all"), row["peer"]
-    speed = {role: 1e3 * b.c.batch_size / ms for role, ms in (("ours", row["ours_ms"]), ("peer", row["peer_ms"]), ("with loading", whole["ms"]))}
-    share = 1e3 * whole["moved_gb"] / roofline / row["ours_ms"]
-    memory = f"; peak {row['ours_peak_mb'] / 1e3:.1f} GB, {row['peer_peak_mb'] / 1e3:.1f} GB" if b.cuda else ""
-    print(f"\nimages/s: {number(speed['ours'])} ({share:.1%} of the memory's roofline), {peer} {number(speed['peer'])}{memory}; ", end="")
-    print(f"with loading and augmentation {number(speed['with loading'])}")
+def images_per_s(b, roofline):
+    """What the step comes to: ours, with loading, and each peer's."""
+    stages, rows = ({line[key]: line for line in b.lines if line.get(key)} for key in ("stage", "peer"))
+    whole, steps = stages["all"], [row for row in rows.values() if row["op"] == "step"]
+    ms = {"ours": steps[0]["ours_ms"], "with loading and augmentation": whole["ms"]} | {row["peer"]: row["peer_ms"] for row in steps}
+    speed = {name: 1e3 * b.c.batch_size / t for name, t in ms.items()}
+    share = 1e3 * (whole["moved_gb"] - stages["augment"]["moved_gb"]) / roofline / ms["ours"]
+    print(f"\nimages/s: {', '.join(f'{name} {number(s)}' for name, s in speed.items())}; ours at {share:.1%} of the memory's roofline")
     b.lines.append({"images_per_s": speed, "of_roofline": share})
 
 
@@ -659,10 +675,11 @@ def bench_step(b):
         ):
             return step(b.batch_for(dtype) | changed, dtype)
 
-    usual, waste = {"the usual": usual_step}, padding(b.sizes, c)
+    usual, waste = {"the usual": usual_step}, padding(b.raw["size"].numpy(), c)
     if waste > 1:
         print(f"\nimages of their own sizes, padded to the largest of {c.batch_size}: {waste:.2f} times the pixels of one size for all")
-        image = F.pad(b.batch["image"], (0, 0, 0, round((waste - 1) * b.batch["image"].shape[2])))  # below: all pixels stay where they are
+        # below, where all pixels stay where they are; the few places that project there are visible, too
+        image = F.pad(b.batch["image"], (0, 0, 0, round((waste - 1) * b.batch["image"].shape[2])))
         usual["the usual, padded"] = lambda dtype: usual_step(dtype, **({"image": image} if b.clock_runs else {}))
 
     def step_with_known_pairs(dtype):
@@ -672,13 +689,13 @@ def bench_step(b):
     # .05: once rounding breaks a tie among the farthest features, other places follow; `ops` holds each part to its own limit
     for peers in (usual, {"with known pairs": step_with_known_pairs}):
         b.compare("step", f"{c.batch_size} frames", lambda dtype: step(b.batch_for(dtype), dtype), peers, norms_differ, 0.05)
-    beside_usual, with_matching = b.lines[-2:]
+    with_matching = b.lines[-1]
     solve = lambda match: lambda _: match(*seen[-1])()
     b.compare("matching by itself", f"{c.batch_size} x {c.places} x {c.places}", solve(match), {"serial scipy": solve(serial_scipy)}, costs_differ, 1e-4)
     adds = [100 * (ours / peer - 1) for ours, peer in zip(with_matching["ours_runs"], with_matching["peer_runs"])]
     by_itself = 100 * b.lines[-1]["ours_ms"] / with_matching["peer_ms"]
     print(f"\nmatching adds {statistics.median(adds):.1f} % to a step (runs: {min(adds):.1f} to {max(adds):.1f}); hidden by nothing it would add {by_itself:.1f} %")
-    images_per_s(b, beside_usual, roofline)
+    images_per_s(b, roofline)
     b.lines.append({"matching_adds_percent": statistics.median(adds), "matching_by_itself_percent": by_itself})
 
 
@@ -706,7 +723,7 @@ def bench_depth(b):
             return usual(batch, torch.float32)[:1]
 
     b.compare("step", f"{c.batch_size} images", lambda dtype: ours(b.batch, dtype)[:1], {"the toolbox's way": usual_step}, norms_differ, 1e-3)
-    images_per_s(b, b.lines[-1], roofline)
+    images_per_s(b, roofline)
 
 
 def main():

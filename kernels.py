@@ -48,32 +48,33 @@ class Hopper:
 
 
 def compile_all(o):
-    """-> [(kernel's name, dtype of activations, its constants, compiled kernel)] of every launch that sampling and the first set abstraction
-    of training make, and of their backward passes. The operations are called as ever, but on tensors that have no memory."""
+    """-> [(kernel's name, type of activations, its constants, compiled kernel)] of the launches of a pre-training step, forward and backward,
+    in bfloat16 and float32. The operations are called as ever, but on tensors that have no memory."""
     launched, run = [], JITFunction.run
     tensor = functools.partial(torch.empty, device="meta")
-    B, N, M = 2 * o.samples, o.num_points, 4 * o.places
-    xyz, centers, uv = tensor(B, N, 3), tensor(B, M, 3), tensor(o.samples, o.places, 2, requires_grad=True)
 
     def compile_only(kernel, *args, grid, warmup, **meta):
-        launched.append((kernel.__name__, dtype, meta, run(kernel, *args, grid=grid, warmup=True, **meta)))
+        half = any(isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 for t in args)
+        launched.append((kernel.__name__, "bfloat16" if half else "float32", meta, run(kernel, *args, grid=grid, warmup=True, **meta)))
 
+    B, P = 2 * o.samples, o.places
     with patch.object(JITFunction, "run", compile_only), patch.object(ops, "_use_triton", lambda *_: True):
-        dtype = torch.float32
-        ops.furthest_point_sample(xyz, M)
-        ops.furthest_point_sample_features(centers, tensor(B, M, simipu.AGGREGATION[0]), o.places)
-        for k in sorted(set(simipu.NEIGHBOURS[0])):
-            ops.ball_query(xyz, centers, simipu.RADII[0][0], k)
+        for n, m in ((o.num_points, 4 * P), (3 * P // 2, P // 2)):
+            ops.furthest_point_sample(tensor(B, n, 3), m)
+        ops.furthest_point_sample_features(tensor(B, 4 * P, 3), tensor(B, 4 * P, simipu.AGGREGATION[0]), P)
+        for n, m, radii, neighbours, mlps in zip((o.num_points, 4 * P, 2 * P), (4 * P, 2 * P, P), simipu.RADII, simipu.NEIGHBOURS, simipu.MLPS):
+            for radius, k, (*_, width) in zip(radii, neighbours, mlps):
+                idx = ops.ball_query(tensor(B, n, 3), tensor(B, m, 3), radius, k)
+                for dtype in (torch.bfloat16, torch.float32):
+                    ops.gather_max(tensor(B, n, width, dtype=dtype, requires_grad=True), idx).sum().backward()
         for dtype in (torch.bfloat16, torch.float32):
             feature_map = tensor(o.samples, 2048, 12, 39, dtype=dtype, requires_grad=True, memory_format=torch.channels_last)
-            ops.bilinear_sample(feature_map, uv).sum().backward()
-            features = tensor(B, N, simipu.MLPS[0][-1][-1], dtype=dtype, requires_grad=True)
-            ops.gather_max(features, tensor(B, M, k, dtype=torch.int64)).sum().backward()
+            ops.bilinear_sample(feature_map, tensor(o.samples, P, 2)).sum().backward()
     return launched
 
 
 def machine_code(kernel):
-    """-> a thread's registers, bytes of it that spill to memory, the kernel's fused multiply-adds: as the cuobjdump in Triton's package reads them."""
+    """-> a thread's registers, its bytes in memory for want of registers, the kernel's fused multiply-adds: cuobjdump's, from Triton's package."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -90,13 +91,13 @@ def report(o):
     triton.runtime.driver.set_active(Hopper())
     print(f"python kernels.py {' '.join(sys.argv[1:])}\ntriton {triton.__version__} for sm_90; {o.samples} frames, {o.num_points} points, {o.places} places")
     table, rows = Table(), []
-    for name, dtype, constants, kernel in compile_all(o):
-        registers, spilled, fused = machine_code(kernel)
+    for name, activations, constants, kernel in compile_all(o):
+        registers, stack, fused = machine_code(kernel)
         warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
         # a multiprocessor has 64 K registers, given to warps by the 256; 228 KB of shared memory, 1 KB of each program's lost; 64 warps, 32 programs
         programs = min(65536 // (warps * -(-registers * 32 // 256) * 256), 228 * 1024 // (shared + 1024), 64 // warps, 32)
         blocks = " ".join(str(v) for constant, v in constants.items() if constant.isupper() and not isinstance(v, bool))
-        row = {"kernel": name.strip("_"), "type": str(dtype)[6:], "blocks": blocks, "warps": warps, "registers": registers, "spilled, bytes": spilled}
+        row = {"kernel": name.strip("_"), "type": activations, "blocks": blocks, "warps": warps, "registers": registers, "stack, bytes": stack}
         row |= {"shared, bytes": shared, "resident warps": f"{warps * programs} of 64", "fused": fused}
         if row not in rows:
             rows.append(row)

@@ -164,7 +164,7 @@ def start_run(device="auto", seed=0):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if cuda:
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > gpus:
+        if local >= gpus:
             raise BadInput(f"{here} processes on this machine but {gpus} GPU{'s' * (gpus > 1)}: --nproc_per_node={gpus}, or --device cpu")
         torch.cuda.set_device(local)
     control = None
@@ -406,7 +406,7 @@ class Loop:
         if self.run.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             judged = any(line["step"] == self.start and self.what in line for line in cut_log(self.folder / "log.jsonl", self.start))
-            owed = bool(self.start and self.judgement) and (self.start == steps or self.judges_at(self.start) and not judged)
+            owed = bool(self.start and self.judgement) and (self.start >= steps or self.judges_at(self.start) and not judged)
             print("\n".join(lines), flush=True)
         self.owed = self.run.any(owed)
         self.log({"step": self.start, **about})

@@ -21,6 +21,10 @@ import synthetic
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
 
 
+def pytest_report_header():
+    return f"kernels: {'compiled, run on a GPU' if GPU else 'interpreted, no GPU'}"
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """Eight small built-in scenes, six for training and two held out, in KITTI's object layout."""

@@ -1,4 +1,4 @@
-"""Of a GPU's ways what can be seen without one: the kernels compile, as bit for bit as they promise, and a step never waits for the device."""
+"""Of a GPU's ways what can be seen without one: the kernels compile, with no fused multiply-adds, and a step never reads the device."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def test_every_kernel_compiles(run_script):
     assert {row["type"] for row in rows if row["kernel"].startswith(("bilinear", "gather"))} == {"bfloat16", "float32"}
     for row in rows:
         assert int(row["fused"]) == 0, row  # one of them, and indices differ from torch's
-        assert int(row["spilled, bytes"]) <= 8, row  # two registers, Triton 3.6's ball query
+        assert int(row["stack, bytes"]) <= 8, row  # a register or two: bilinear's backward pass in bfloat16, and in Triton 3.6 ball query
         assert 0 < int(row["registers"]) <= 255 and int(row["resident warps"].split()[0]) >= int(row["warps"])
 
 
@@ -39,8 +39,8 @@ def test_interpreted_kernels_are_not_compiled(run_script):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Meta tensors take a GPU's way, up to the kernels. Whatever needs a value of theirs, and so would wait for a GPU, raises; and so
-    does a mixture of devices. -> the names of the kernels launched."""
+    """Meta tensors take a GPU's way, up to the kernels. Whatever brings a value of theirs to the host, and so would wait for a GPU, raises; and
+    so does a mixture of devices. -> the kernels launched, and the devices of their arguments."""
     launched, autocast = [], torch.autocast
     monkeypatch.setattr(ops, "_use_triton", lambda *_: True)
     devices = lambda args: {t.device.type for t in args if isinstance(t, torch.Tensor)}
@@ -54,8 +54,8 @@ def raw_batch(dataset):
 
 
 @needs_triton
-def test_a_pretraining_step_never_waits(scenes, as_on_a_gpu, monkeypatch):
-    def match(alpha, beta, T, visible, method):  # the one thing that does wait, and in a thread of its own
+def test_a_pretraining_step_never_reads_the_device(scenes, as_on_a_gpu, monkeypatch):
+    def match(alpha, beta, T, visible, method):  # the one thing that does, while the image encoder runs
         B, P, _ = alpha.shape
         place = lambda *shape: torch.empty(shape, dtype=torch.long, device="meta")
         return lambda: (place(B, P), torch.empty(B, P, device="meta"), place(B * P - 5))
@@ -64,12 +64,11 @@ def test_a_pretraining_step_never_waits(scenes, as_on_a_gpu, monkeypatch):
     batch = data.augment(raw_batch(data.PretrainFrames(data.find_frames(scenes), c)), (1242, 375), torch.device("meta"))
     monkeypatch.setattr(simipu, "match_in_background", match)
     model = simipu.SimIPU(c).to("meta").train()
-    for report in (False, True):
-        loss, stats = model(batch, report)
-        loss.backward()
+    loss, stats = model(batch, False)
+    loss.backward()
     for optimizer in simipu.build_optimizers(model, c):
         optimizer.step()
-    assert loss.device.type == "meta" and {s.device.type for s in stats.values()} <= {"meta", "cpu"}
+    assert loss.device.type == "meta" and set(stats) == {"intra", "inter", "match_m", "visible"}
     names = {name for name, _ in as_on_a_gpu}
     assert len(names) == 7 and all(devices == {"meta"} for _, devices in as_on_a_gpu)
     with pytest.raises(RuntimeError, match="meta"):
@@ -77,7 +76,7 @@ def test_a_pretraining_step_never_waits(scenes, as_on_a_gpu, monkeypatch):
 
 
 @needs_triton
-def test_a_depth_step_never_waits(scenes, as_on_a_gpu):
+def test_a_depth_step_never_reads_the_device(scenes, as_on_a_gpu):
     c = dataclasses.replace(finetune_depth.PRESETS["demo"][1], data_root=(str(scenes),), batch_size=2, group=2)
     frames, _, _ = finetune_depth.load_frames(c, runtime.start_run("cpu"))
     batch = data_depth.augment(raw_batch(data_depth.DepthFrames(frames, c)), data_depth.SCALE[c.dataset], torch.device("meta"))

@@ -57,6 +57,10 @@ def test_demo_in_miniature(run_script, run_here, tmp_path):
     assert "matching on 2 frames" in done.stdout and "random" in done.stdout
     assert f"{judged[1]['match']['right_rank']:.1f} %" in done.stdout.splitlines()[-1]
 
+    # started again for fewer steps than it has, it judges what it has
+    status, again, said = run_here(simipu, *demo, "--workers", 0, "--max-steps", 29, "--eval-every", 20)
+    assert status == 0 and again.splitlines()[-1] == done.stdout.splitlines()[-1], said
+
     # provenance: the log's first line, and the checkpoint
     saved = torch.load(out / "last.pt", weights_only=True)
     for about in (lines[0], saved):
@@ -152,6 +156,7 @@ def test_killed_during_a_save_resumes_exactly(scenes, tmp_path):
     process.wait()
     saved = torch.load(out / "last.pt", weights_only=True)
     assert temporary.exists() and saved["step"] == 3 and read_log(out)[-1]["step"] >= 6
+    assert torch.load(out / "backbone.pt", weights_only=True)["step"] == 6  # written first: of a finished run, never an older one
     again = start(tmp_path, "--data-root", scenes, *RESUMED)
     assert again.wait(600) == 0, again.stderr.read()
     assert_same_run(out, tmp_path / "out" / "whole")
