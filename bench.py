@@ -13,9 +13,9 @@ How: the sides of a row run once each, and their results are compared in float32
 with the fastest run in brackets: the two far apart say that the machine was busy, and then not even ratios hold. ratio is peer /
 ours. saved is what autograd keeps alive for the backward pass, weights aside; peak, on GPUs, is what the allocator had to add to run
 a side. moved counts the bytes of every operation's operands and results once, which no program that fuses nothing can do without; of
-roofline is the time they take at the bandwidth of a large copy, measured in the same run, as a share of the stage's time. same is the
-error found: exact, or the norm of the difference relative to the peer's (see `differ` for indices). A wrong answer ends the program with
-status 1.
+roofline is the time they take at the bandwidth of a large copy, measured in the same run, as a share of the stage's time; it may exceed
+100 % where operands stay in a cache. same is the error found: exact, or the norm of the difference relative to the peer's (see `differ`
+for indices). A wrong answer ends the program with status 1.
 
 The peers. ops: the torch loop that everybody writes for farthest points; ball query by cdist and topk, and by scipy's k-d tree; set
 abstractions that group, then run Conv2d, BatchNorm2d and ReLU over (B, C, M, k); F.grid_sample, image by image; scipy's assignment
@@ -603,14 +603,14 @@ def consecutive_steps(b, step, stages, modules, tail):
 
 
 def images_per_s(b, roofline):
-    """What the step comes to: ours, with loading, and each peer's."""
+    """-> a line of what the step comes to: ours, with loading, and each peer's so far."""
     stages, rows = ({line[key]: line for line in b.lines if line.get(key)} for key in ("stage", "peer"))
     whole, steps = stages["all"], [row for row in rows.values() if row["op"] == "step"]
     ms = {"ours": steps[0]["ours_ms"], "with loading and augmentation": whole["ms"]} | {row["peer"]: row["peer_ms"] for row in steps}
     speed = {name: 1e3 * b.c.batch_size / t for name, t in ms.items()}
     share = 1e3 * (whole["moved_gb"] - stages["augment"]["moved_gb"]) / roofline / ms["ours"]
-    print(f"\nimages/s: {', '.join(f'{name} {number(s)}' for name, s in speed.items())}; ours at {share:.1%} of the memory's roofline")
     b.lines.append({"images_per_s": speed, "of_roofline": share})
+    return f"images/s: {', '.join(f'{name} {number(s)}' for name, s in speed.items())}; ours at {share:.1%} of the memory's roofline"
 
 
 def frozen_step(b, model, optimizers, tail, clip=0.0):
@@ -687,15 +687,16 @@ def bench_step(b):
             return step(b.batch_for(dtype), dtype)
 
     # .05: once rounding breaks a tie among the farthest features, other places follow; `ops` holds each part to its own limit
-    for peers in (usual, {"with known pairs": step_with_known_pairs}):
-        b.compare("step", f"{c.batch_size} frames", lambda dtype: step(b.batch_for(dtype), dtype), peers, norms_differ, 0.05)
+    whole = "step", f"{c.batch_size} frames", lambda dtype: step(b.batch_for(dtype), dtype)
+    b.compare(*whole, usual, norms_differ, 0.05)
+    speed = images_per_s(b, roofline)
+    b.compare(*whole, {"with known pairs": step_with_known_pairs}, norms_differ, 0.05)
     with_matching = b.lines[-1]
     solve = lambda match: lambda _: match(*seen[-1])()
     b.compare("matching by itself", f"{c.batch_size} x {c.places} x {c.places}", solve(match), {"serial scipy": solve(serial_scipy)}, costs_differ, 1e-4)
     adds = [100 * (ours / peer - 1) for ours, peer in zip(with_matching["ours_runs"], with_matching["peer_runs"])]
     by_itself = 100 * b.lines[-1]["ours_ms"] / with_matching["peer_ms"]
-    print(f"\nmatching adds {statistics.median(adds):.1f} % to a step (runs: {min(adds):.1f} to {max(adds):.1f}); hidden by nothing it would add {by_itself:.1f} %")
-    images_per_s(b, roofline)
+    print(f"\n{speed}\n\nmatching adds {statistics.median(adds):.1f} % to a step (runs: {min(adds):.1f} to {max(adds):.1f}); hidden by nothing it would add {by_itself:.1f} %")
     b.lines.append({"matching_adds_percent": statistics.median(adds), "matching_by_itself_percent": by_itself})
 
 
@@ -723,7 +724,7 @@ def bench_depth(b):
             return usual(batch, torch.float32)[:1]
 
     b.compare("step", f"{c.batch_size} images", lambda dtype: ours(b.batch, dtype)[:1], {"the toolbox's way": usual_step}, norms_differ, 1e-3)
-    images_per_s(b, roofline)
+    print(f"\n{images_per_s(b, roofline)}")
 
 
 def main():

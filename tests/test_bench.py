@@ -94,11 +94,12 @@ def test_step(run_script, tmp_path, scenes, device):
     assert pairs[0]["ours_saved_mb"] < pairs[0]["peer_saved_mb"]
     adds = [100 * (a / b - 1) for a, b in zip(pairs[1]["ours_runs"], pairs[1]["peer_runs"])]
     assert rows[-1]["matching_adds_percent"] == pytest.approx(statistics.median(adds)) and "matching adds" in out
-    speed = {"ours": pairs[0]["ours_ms"], "with loading and augmentation": stages["all"]["ms"]} | {row["peer"]: row["peer_ms"] for row in pairs[:2]}
-    assert rows[-2]["images_per_s"] == pytest.approx({name: 2e3 / ms for name, ms in speed.items()})
+    speed = {"ours": pairs[0]["ours_ms"], "with loading and augmentation": stages["all"]["ms"], "the usual": pairs[0]["peer_ms"]}
+    (found,) = (row for row in rows if "images_per_s" in row)
+    assert found["images_per_s"] == pytest.approx({name: 2e3 / ms for name, ms in speed.items()})
     per_gb = stages["all"]["of_roofline"] * stages["all"]["ms"] / stages["all"]["moved_gb"]
     moved = stages["all"]["moved_gb"] - stages["augment"]["moved_gb"]
-    assert rows[-2]["of_roofline"] == pytest.approx(moved * per_gb / pairs[0]["ours_ms"])
+    assert found["of_roofline"] == pytest.approx(moved * per_gb / pairs[0]["ours_ms"])
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
