@@ -1,7 +1,7 @@
 """What it costs: every operation, and a training step, timed beside what a user would pick instead.
 
     python bench.py ops                          # full size on built-in scenes; 2 minutes on two idle CPU cores
-    python bench.py step                         # where the time and memory of a step go; 5 minutes, 14 GB
+    python bench.py step                         # where the time and memory of a step go; 7 minutes, 13 GB
     python bench.py step --preset demo           # the demo's sizes; half a minute
     python bench.py step --task depth            # a step of finetune_depth.py, likewise; 2 minutes
     python bench.py ops --data-root data/kitti --splits train --json ops.jsonl
