@@ -328,7 +328,8 @@ class Bench:
         sides, results, saved, peak = {"ours": ours}, {}, {}, {}
         for name, side in {**sides, **peers}.items():
             try:
-                self.clock_runs, results[name] = False, side(torch.float32)
+                self.clock_runs = False
+                results[name] = side(torch.float32)
                 self.clock_runs = True
                 with saved_for_backward(self.weights) as size:
                     side(self.dtype)  # which warms up
@@ -602,15 +603,16 @@ def consecutive_steps(b, step, stages, modules, tail):
     return roofline
 
 
-def images_per_s(b, roofline):
-    """-> a line of what the step comes to: ours, with loading, and each peer's so far."""
-    stages, rows = ({line[key]: line for line in b.lines if line.get(key)} for key in ("stage", "peer"))
-    whole, steps = stages["all"], [row for row in rows.values() if row["op"] == "step"]
-    ms = {"ours": steps[0]["ours_ms"], "with loading and augmentation": whole["ms"]} | {row["peer"]: row["peer_ms"] for row in steps}
+def images_per_s(b, roofline, peers):
+    """What the step comes to: ours, with loading, and the peers' that fitted into memory."""
+    stages = {line["stage"]: line for line in b.lines if "stage" in line}
+    steps = {line["peer"]: line for line in b.lines if line.get("op") == "step"}
+    ms = {"ours": next(iter(steps.values()))["ours_ms"], "with loading and augmentation": stages["all"]["ms"]}
+    ms |= {peer: steps[peer]["peer_ms"] for peer in peers if peer in steps}
     speed = {name: 1e3 * b.c.batch_size / t for name, t in ms.items()}
-    share = 1e3 * (whole["moved_gb"] - stages["augment"]["moved_gb"]) / roofline / ms["ours"]
+    share = 1e3 * (stages["all"]["moved_gb"] - stages["augment"]["moved_gb"]) / roofline / ms["ours"]
+    print(f"\nimages/s: {', '.join(f'{name} {number(s)}' for name, s in speed.items())}; ours at {share:.1%} of the memory's roofline")
     b.lines.append({"images_per_s": speed, "of_roofline": share})
-    return f"images/s: {', '.join(f'{name} {number(s)}' for name, s in speed.items())}; ours at {share:.1%} of the memory's roofline"
 
 
 def frozen_step(b, model, optimizers, tail, clip=0.0):
@@ -689,14 +691,14 @@ def bench_step(b):
     # .05: once rounding breaks a tie among the farthest features, other places follow; `ops` holds each part to its own limit
     whole = "step", f"{c.batch_size} frames", lambda dtype: step(b.batch_for(dtype), dtype)
     b.compare(*whole, usual, norms_differ, 0.05)
-    speed = images_per_s(b, roofline)
     b.compare(*whole, {"with known pairs": step_with_known_pairs}, norms_differ, 0.05)
     with_matching = b.lines[-1]
     solve = lambda match: lambda _: match(*seen[-1])()
     b.compare("matching by itself", f"{c.batch_size} x {c.places} x {c.places}", solve(match), {"serial scipy": solve(serial_scipy)}, costs_differ, 1e-4)
     adds = [100 * (ours / peer - 1) for ours, peer in zip(with_matching["ours_runs"], with_matching["peer_runs"])]
     by_itself = 100 * b.lines[-1]["ours_ms"] / with_matching["peer_ms"]
-    print(f"\n{speed}\n\nmatching adds {statistics.median(adds):.1f} % to a step (runs: {min(adds):.1f} to {max(adds):.1f}); hidden by nothing it would add {by_itself:.1f} %")
+    images_per_s(b, roofline, usual)
+    print(f"\nmatching adds {statistics.median(adds):.1f} % to a step (runs: {min(adds):.1f} to {max(adds):.1f}); hidden by nothing it would add {by_itself:.1f} %")
     b.lines.append({"matching_adds_percent": statistics.median(adds), "matching_by_itself_percent": by_itself})
 
 
@@ -724,7 +726,7 @@ def bench_depth(b):
             return usual(batch, torch.float32)[:1]
 
     b.compare("step", f"{c.batch_size} images", lambda dtype: ours(b.batch, dtype)[:1], {"the toolbox's way": usual_step}, norms_differ, 1e-3)
-    print(f"\n{images_per_s(b, roofline)}")
+    images_per_s(b, roofline, ["the toolbox's way"])
 
 
 def main():

@@ -178,7 +178,7 @@ def test_peers_may_take_their_own_way_only_while_the_clock_runs(b):
 
     def peer(dtype):
         wide = x.repeat(1 + b.clock_runs) * 2.0
-        return [(wide * wide).sum().detach() / (1 + b.clock_runs)]
+        return [(wide * wide).sum().detach()]
 
     b.compare("op", "", lambda dtype: [((x * 2.0) * (x * 2.0)).sum().detach()], {"wider": peer}, benchmark.norms_differ, 1e-6)
     row = b.lines[-1]
