@@ -90,8 +90,12 @@ def report(o):
         raise BadInput("TRITON_INTERPRET=1: kernels would be interpreted, not compiled")
     triton.runtime.driver.set_active(Hopper())
     print(f"python kernels.py {' '.join(sys.argv[1:])}\ntriton {triton.__version__} for sm_90; {o.samples} frames, {o.num_points} points, {o.places} places")
+    try:
+        launched = compile_all(o)
+    except ValueError as error:  # an operation's, about the sizes
+        raise BadInput(str(error)) from None
     table, rows = Table(), []
-    for name, activations, constants, kernel in compile_all(o):
+    for name, activations, constants, kernel in launched:
         registers, stack, fused = machine_code(kernel)
         warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
         # a multiprocessor has 64 K registers, given to warps by the 256; 228 KB of shared memory, 1 KB of each program's lost; 64 warps, 32 programs

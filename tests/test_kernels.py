@@ -32,9 +32,13 @@ def test_every_kernel_compiles(run_script):
 
 
 @needs_triton
-def test_interpreted_kernels_are_not_compiled(run_script):
-    done = run_script("kernels.py", env={"TRITON_INTERPRET": "1"})
-    assert (done.returncode, done.stderr) == (1, "error: TRITON_INTERPRET=1: kernels would be interpreted, not compiled\n")
+@pytest.mark.parametrize(
+    "interpret, arguments, message",
+    [("1", [], "TRITON_INTERPRET=1: kernels would be interpreted, not compiled"), ("0", ["--num-points", 100], "cannot pick m = 4096 of 100 points")],
+)
+def test_what_cannot_be_compiled_is_one_line(run_script, interpret, arguments, message):
+    done = run_script("kernels.py", *arguments, env={"TRITON_INTERPRET": interpret})
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
 
 
 @pytest.fixture
