@@ -1,6 +1,6 @@
 """What it costs: every operation, and a training step, timed beside what a user would pick instead.
 
-    python bench.py ops                          # full size on built-in scenes; 2 minutes on two idle CPU cores
+    python bench.py ops                          # full size on built-in scenes; 3 minutes on two idle CPU cores
     python bench.py step                         # where the time and memory of a step go; 7 minutes, 13 GB
     python bench.py step --preset demo           # the demo's sizes; half a minute
     python bench.py step --task depth            # a step of finetune_depth.py, likewise; 2 minutes
@@ -9,13 +9,13 @@
 On a GPU the same commands take 8 frames, time with CUDA events, and run as training does: Triton, bfloat16 autocast.
 Clouds and images always come from a data set, never from a random generator: how dense a cloud is decides most of the times.
 
-How: the sides of a row run once each, and their results are compared in float32; then they take turns, A B B A. Times are medians,
-with the fastest run in brackets: the two far apart say that the machine was busy, and then not even ratios hold. ratio is peer /
-ours. saved is what autograd keeps alive for the backward pass, weights aside; peak, on GPUs, is what the allocator had to add to run
-a side. moved counts the bytes of every operation's operands and results once, which no program that fuses nothing can do without; of
-roofline is the time they take at the bandwidth of a large copy, measured in the same run, as a share of the stage's time; it may exceed
-100 % where operands stay in a cache. same is the error found: exact, or the norm of the difference relative to the peer's (see `differ`
-for indices). A wrong answer ends the program with status 1.
+How: the sides of a row run once each in float32, and their results are compared; once more to warm up; then they take turns, A B B A.
+Times are medians, with the fastest run in brackets: the two far apart say that the machine was busy, and then not even ratios hold.
+ratio is peer / ours. saved is what autograd keeps alive for the backward pass, weights aside; peak, on GPUs, is what the allocator had
+to add to run a side. moved counts the bytes of every operation's operands and results once, which no program that fuses nothing can do
+without; of roofline is the time they take at the bandwidth of a large copy, measured in the same run, as a share of the stage's time; it
+may exceed 100 % where operands stay in a cache. same is the error found: exact, or the norm of the difference relative to the peer's
+(see `differ` for indices). A wrong answer ends the program with status 1.
 
 The peers. ops: the torch loop that everybody writes for farthest points; ball query by cdist and topk, and by scipy's k-d tree; set
 abstractions that group, then run Conv2d, BatchNorm2d and ReLU over (B, C, M, k); F.grid_sample, image by image; scipy's assignment
@@ -222,10 +222,7 @@ def costs_differ(ours, peer):
 # -----------------------------------------------------------------------------
 # measuring
 
-WIDTHS = {
-    "op": 22, "shape": 30, "ours, ms": 15, "peer": 17, "peer, ms": 15, "ratio": 5, "same": 5, "stage": 22, "ms": 15, "share": 6, "saved, MB": 9,
-    "kernel": 26, "type": 8, "blocks": 9,
-}  # fmt: skip
+WIDTHS = {"op": 22, "shape": 30, "ours, ms": 15, "peer": 17, "peer, ms": 15, "ratio": 5, "same": 5, "stage": 22, "ms": 15, "share": 6, "saved, MB": 9}
 
 
 class Bench:
@@ -243,7 +240,7 @@ class Bench:
         self.device, self.cuda = self.run.device, self.run.device.type == "cuda"
         torch.backends.cudnn.allow_tf32 = False  # what is compared in float32 should be float32
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations while the clock runs, as in training
-        self.repeats, self.json, self.table, self.lines = o.repeats or (20 if self.cuda else 3), o.json, Table(), []
+        self.repeats, self.json, self.table, self.lines = o.repeats or (20 if self.cuda else 3), o.json, Table(WIDTHS), []
         self.clock_runs = False  # until it does, peers must give the same results
 
         depth = isinstance(o, Step) and o.task == "depth"
@@ -376,12 +373,13 @@ class Bench:
 
 
 class Table:
-    """Rows of cells as they come; new names of columns begin a new table."""
+    """Rows of cells as they come, columns of at least `widths` {name: characters}; new names of columns begin a new table."""
 
-    columns = None
+    def __init__(self, widths):
+        self.widths, self.columns = widths, None
 
     def print(self, cells):
-        width = {name: max(len(name), WIDTHS.get(name, 0)) for name in cells}
+        width = {name: max(len(name), self.widths.get(name, 0)) for name in cells}
         if list(cells) != self.columns:
             self.columns = list(cells)
             print("\n| " + " | ".join(f"{name:{width[name]}}" for name in cells) + " |")
@@ -425,7 +423,7 @@ class Traffic(TorchDispatchMode):
     Batch norm and convolution's backward pass read some operands twice, a gather reads only a part of one. On a CPU, where they are numpy's and
     scipy's, the point operations are not seen."""
 
-    VIEWS = ("aten::_unsafe_view", "aten::empty", "aten::new_empty")  # besides those that say so
+    FREE = ("aten::_unsafe_view", "aten::empty", "aten::new_empty")  # besides the views that say so
     UNREAD = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_")  # the first operand
 
     def __init__(self, stage):
@@ -440,7 +438,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name, schema = kwargs or {}, function.name(), function._schema
         result = function(*args, **kwargs)
-        if function.is_view or name.startswith(self.VIEWS):
+        if function.is_view or name.startswith(self.FREE):
             return result
         given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
         written = [value for a, value in given if a.alias_info and a.alias_info.is_write]

@@ -694,7 +694,7 @@ def train(c):
             stats = loop.report(epoch)
             loop.bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
         if loop.saving:
-            if c.inter_weight and run.main:
+            if c.inter_weight and run.main:  # first: a run that is finished by its last.pt has its last backbone.pt, too
                 save_backbone(model.img_backbone, c.image_encoder, loop)
             # for eval.py: what it is not to be judged on
             loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))

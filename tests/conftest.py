@@ -16,9 +16,11 @@ sys.path.insert(0, str(REPO))
 
 import pytest
 
+import ops_triton
 import synthetic
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
+needs_triton = pytest.mark.skipif(ops_triton.triton is None, reason="Triton is not installed")
 
 
 def pytest_report_header():

@@ -11,7 +11,7 @@ import bench as benchmark
 import data
 import ops_triton as ops
 import simipu
-from conftest import needs_gpu
+from conftest import needs_gpu, needs_triton
 
 SMALL = ["--samples", 2, "--repeats", 2, "--threads", 1, "--num-points", 1024, "--places", 32, "--image-encoder", "resnet18", "--image-scale", 160, 64]
 PEERS = {
@@ -142,7 +142,7 @@ def test_traffic_counts_operands_and_results_once():
     assert traffic.bytes == {"both": 960}
 
 
-@pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
+@needs_triton
 def test_traffic_of_kernels(monkeypatch):
     xyz, launched = torch.rand(2, 50, 3), []
     monkeypatch.setattr(ops, "_launch", launch := lambda kernel, *_, **__: launched.append(kernel))  # the interpreter itself would be counted

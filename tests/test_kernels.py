@@ -13,8 +13,7 @@ import finetune_depth
 import ops_triton as ops
 import runtime
 import simipu
-
-needs_triton = pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
+from conftest import needs_triton
 
 
 @needs_triton

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import ops_triton as ops
-from conftest import GPU
+from conftest import GPU, needs_triton
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if GPU else "cpu"
-needs_triton = pytest.mark.skipif(ops.triton is None, reason="Triton is not installed")
 PATHS = ["torch", "dense", pytest.param("triton", marks=needs_triton)]
 
 
