@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -31,7 +32,7 @@ from data import BadInput
 
 def command_line(parse, run=lambda action: action()):
     """run(what `parse()`, a call of tyro, makes of the arguments). Wrong arguments, which tyro answers with a box and status 2,
-    and any BadInput become one line on stderr and exit status 1."""
+    any BadInput and a disk that takes no more become one line on stderr and exit status 1."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -46,6 +47,10 @@ def command_line(parse, run=lambda action: action()):
         return run(parsed)
     except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
         message = f"error: {e}"
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        message = f"error: {e.filename or 'writing a file'}: {e.strerror}"
     raise SystemExit(message)  # out here, where nothing holds the loader any longer: its workers end by themselves
 
 
@@ -91,7 +96,7 @@ class Run:
     def fail(self, message):
         """End every rank, with one message, for a reason that all of them know."""
         if self.main:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {message}", file=sys.stderr)  # not into a bar that is being drawn
         if self.world > 1:
             dist.barrier(group=self.control)  # or torchrun, seeing another rank gone, would end the one that speaks
         raise SystemExit(1)
@@ -215,7 +220,8 @@ def cut_log(path, step):
     """Leave only the lines up to `step` of a log.jsonl, none for step 0: a killed run has written past its checkpoint. -> those lines."""
     kept = [line for line in read_log(path) if line["step"] <= step and step]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    with writing(path):
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, path)
     return kept
 
@@ -237,11 +243,27 @@ def provenance(run, script):
     return {"script": Path(script).name, "git": revision, "dirty": dirty, "packages": packages, "machine": machine}
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What the disk answers to a write names the file: OSError(errno, text, path)."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        e = e if isinstance(e, OSError) else e.__context__  # torch.save raises an error of its own over the disk's
+        if not isinstance(e, OSError):
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from None
+
+
 def save_atomically(obj, path):
-    """A reader, or a run killed at any moment, sees the old file or the new one."""
+    """A reader, or a run killed at any moment or on a full disk, sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(obj, temporary)
-    os.replace(temporary, path)
+    try:
+        with writing(path), temporary.open("wb") as f:  # opened here: torch.save's own words for a full disk are riddles
+            torch.save(obj, f)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path):
@@ -421,13 +443,13 @@ class Loop:
         self.model.train()
         self.clock, self.unchecked = Clock(), []
         self.bar = tqdm(total=self.steps, initial=self.start, disable=not self.run.main, dynamic_ncols=True, mininterval=1)
-        for step in range(self.start, self.steps):
-            self.done = step + 1
-            self.reporting = self.done % self.c.log_every == 0 or self.done == self.steps
-            yield step
-            if self.stopping:
-                break
-        self.bar.close()
+        with self.bar:  # closed before an error that ends the loop is said
+            for step in range(self.start, self.steps):
+                self.done = step + 1
+                self.reporting = self.done % self.c.log_every == 0 or self.done == self.steps
+                yield step
+                if self.stopping:
+                    break
 
     def update(self, next_batch, rate, clip=0.0):
         """One step of the optimisers, with every group's lr its initial_lr x rate; gradients are clipped to norm `clip`, 0 for not at
@@ -477,7 +499,7 @@ class Loop:
 
     def log(self, line):
         if self.run.main:
-            with (self.folder / "log.jsonl").open("a") as f:
+            with writing(path := self.folder / "log.jsonl"), path.open("a") as f:
                 f.write(json.dumps(line) + "\n")
 
     def judge(self):

@@ -280,6 +280,6 @@ def export(checkpoint: Path, /, *, format: Literal["torchvision", "timm", "mmdet
         temporary.write_text(json.dumps(meta, indent=1) + "\n")
         runtime.save_atomically({"state_dict": {k: v.cpu().contiguous() for k, v in weights.items()}, "meta": meta}, out)
         os.replace(temporary, beside)
-    except (OSError, RuntimeError) as e:  # torch.save answers a full disk with a RuntimeError
-        raise BadInput(f"--out {out}: {str(e).splitlines()[0]}") from None
+    except OSError as e:
+        raise BadInput(f"--out {out}: {e.strerror}") from None
     print(f"{out}: {len(weights)} tensors of {checkpoint}, step {saved['step']}; {beside}: how its pixels are normalised and where it comes from")

@@ -162,6 +162,24 @@ def test_killed_during_a_save_resumes_exactly(scenes, tmp_path):
     assert_same_run(out, tmp_path / "out" / "whole")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the disk that is always full")
+def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_save(run_here, scenes, tmp_path):
+    out = tmp_path / "out" / "demo"
+    run = lambda steps: run_here(simipu, "demo", "--data-root", scenes, *MINI, "--max-steps", steps)
+    assert run(2)[0] == 0
+    (out / "last.pt.tmp").symlink_to("/dev/full")
+    status, _, err = run(3)
+    assert (status, err.splitlines()[-1]) == (1, "error: out/demo/last.pt: No space left on device")
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
+    assert run(3)[0] == 0 and [line["step"] for line in read_log(out)] == [1, 2, 3]  # what it had begun to write is gone
+
+    with pytest.raises(OSError) as e, runtime.writing("log.jsonl"), open("/dev/full", "w") as f:
+        f.write("{}")
+    assert (e.value.filename, e.value.strerror) == ("log.jsonl", "No space left on device")
+    with pytest.raises(RuntimeError, match="another"), runtime.writing("log.jsonl"):
+        raise RuntimeError("another")
+
+
 def children(pid):
     return [int(child) for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()]
 

@@ -351,12 +351,13 @@ def release_point_shapes():
     return shapes
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+@pytest.fixture
+def finished(tmp_path):
     """last.pt and backbone.pt as a run leaves them -> a function (changes of the config) -> folder, model."""
 
     def make(**changes):
-        folder = tmp_path_factory.mktemp("run")
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
         c = simipu.Config(**{"places": 16, "point_hidden": 8, "image_hidden": 8, **changes})
         model = simipu.SimIPU(c).eval()
         if c.inter_weight:
