@@ -448,7 +448,8 @@ def draw_overlay(picked, path):
     bar.minorticks_off()
     figure.suptitle("Sweeps on their images: where the colour jumps, the image must have an outline" + ("; white: 3D boxes of the labels" if any(
         label_path(f) and label_path(f).is_file() for f, _ in picked) else ""), fontsize=12)
-    figure.savefig(path, dpi=100)
+    with data.writing(path) as temporary:
+        figure.savefig(temporary, dpi=100)
     plt.close(figure)
 
 

@@ -16,9 +16,11 @@ Pixels are (u, v) with (0, 0) at the centre of the top-left pixel. Points are x,
 Wrong input raises `BadInput`, one line that names the file.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,22 @@ SAMPLE, ORDER, SCALE = range(3)  # first word of every random seed: three stream
 
 class BadInput(ValueError):
     """Something a user gave cannot be used. The message is one line that names the file or the flag."""
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A file that appears whole or not at all: -> the path to write to instead, which takes its place at the end. Raises BadInput, naming
+    the file, for what the disk answers."""
+    path = Path(path)
+    temporary = path.with_suffix(f".tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise BadInput(f"{path}: not written ({e.strerror or e})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # -----------------------------------------------------------------------------

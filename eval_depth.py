@@ -184,10 +184,8 @@ def write_depth(depth, path, scale):
     if bad:
         raise BadInput(f"{path}: not written, {bad} of {depth.size} depths are NaN, infinite or negative")
     steps = np.minimum(np.round(depth * scale), 65535).astype(np.uint16)
-    try:
-        Image.fromarray(steps).save(path, format="PNG")
-    except OSError as e:
-        raise BadInput(f"{path}: not writable ({e.strerror})") from None
+    with data.writing(path) as temporary:
+        Image.fromarray(steps).save(temporary, format="PNG")
 
 
 def match_prediction(prediction, truth_shape, path):

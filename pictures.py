@@ -33,8 +33,9 @@ def _figure(width, height):
     return plt, plt.figure(figsize=(width, height), layout="constrained")
 
 
-def _save(plt, figure, path):
-    figure.savefig(path, dpi=DPI)
+def _save(plt, figure, path, dpi=DPI):
+    with data.writing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
     plt.close(figure)
 
 
@@ -113,8 +114,7 @@ def _draw_panels(panels, path):
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(plt, figure, path, dpi=110)
 
 
 @torch.no_grad()

@@ -27,12 +27,12 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from data import BadInput
+from data import BadInput, writing
 
 
 def command_line(parse, run=lambda action: action()):
     """run(what `parse()`, a call of tyro, makes of the arguments). Wrong arguments, which tyro answers with a box and status 2,
-    any BadInput and a disk that takes no more become one line on stderr and exit status 1."""
+    any BadInput and a disk that is full or forbidden become one line on stderr and exit status 1."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -48,7 +48,7 @@ def command_line(parse, run=lambda action: action()):
     except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
         message = f"error: {e}"
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         message = f"error: {e.filename or 'writing a file'}: {e.strerror}"
     raise SystemExit(message)  # out here, where nothing holds the loader any longer: its workers end by themselves
@@ -96,7 +96,7 @@ class Run:
     def fail(self, message):
         """End every rank, with one message, for a reason that all of them know."""
         if self.main:
-            tqdm.write(f"error: {message}", file=sys.stderr)  # not into a bar that is being drawn
+            print(f"error: {message}", file=sys.stderr, flush=True)
         if self.world > 1:
             dist.barrier(group=self.control)  # or torchrun, seeing another rank gone, would end the one that speaks
         raise SystemExit(1)
@@ -219,10 +219,8 @@ def read_log(path):
 def cut_log(path, step):
     """Leave only the lines up to `step` of a log.jsonl, none for step 0: a killed run has written past its checkpoint. -> those lines."""
     kept = [line for line in read_log(path) if line["step"] <= step and step]
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
     return kept
 
 
@@ -243,27 +241,13 @@ def provenance(run, script):
     return {"script": Path(script).name, "git": revision, "dirty": dirty, "packages": packages, "machine": machine}
 
 
-@contextlib.contextmanager
-def writing(path):
-    """What the disk answers to a write names the file: OSError(errno, text, path)."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        e = e if isinstance(e, OSError) else e.__context__  # torch.save raises an error of its own over the disk's
-        if not isinstance(e, OSError):
-            raise
-        raise OSError(e.errno, e.strerror, str(path)) from None
-
-
 def save_atomically(obj, path):
     """A reader, or a run killed at any moment or on a full disk, sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with writing(path), temporary.open("wb") as f:  # opened here: torch.save's own words for a full disk are riddles
+    with writing(path) as temporary, temporary.open("wb") as f:
+        try:
             torch.save(obj, f)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except RuntimeError as e:  # says nothing of a full disk itself
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
 
 
 def read_checkpoint(path):
@@ -486,6 +470,7 @@ class Loop:
         sound = not self.saving or bool(torch.stack([p.isfinite().all() for p in self.owned]).all())
         broken = [(at, self.names[i]) for at, index, loss in due if not (math.isfinite(float(loss)) and sound) for i in index.tolist()]
         if run.any(bool(broken)):
+            self.bar.close()
             at, names = (sorted({row[i] for row in run.gather(broken)}) for i in (0, 1))
             run.fail(
                 f"step {at[0]}: the loss or its gradient is not finite; frames {', '.join(names)}; the last good checkpoint, if there is one, stays in {self.folder}/"
@@ -499,8 +484,12 @@ class Loop:
 
     def log(self, line):
         if self.run.main:
-            with writing(path := self.folder / "log.jsonl"), path.open("a") as f:
-                f.write(json.dumps(line) + "\n")
+            path = self.folder / "log.jsonl"
+            try:
+                with path.open("a") as f:
+                    f.write(json.dumps(line) + "\n")
+            except OSError as e:
+                raise BadInput(f"{path}: not written ({e.strerror})") from None
 
     def judge(self):
         """A line of log.jsonl; the time it takes is no step's."""

@@ -745,7 +745,7 @@ def write_frame(number, folder, seed, width, height):
     # level 1 takes a quarter of Pillow's default time, and grain does not compress anyway
     Image.fromarray(f.picture).save(folder / "image_2" / f"{name}.png", compress_level=1)
     Image.fromarray(np.round(f.depth * 256).astype(np.uint16)).save(folder / "depth_2" / f"{name}.png", compress_level=1)
-    f.points.tofile(folder / "velodyne" / f"{name}.bin")
+    (folder / "velodyne" / f"{name}.bin").write_bytes(f.points.tobytes())  # tofile does not say why it fails
     (folder / "calib" / f"{name}.txt").write_text(f.calib)
     (folder / "label_2" / f"{name}.txt").write_text("".join(line + "\n" for line in f.labels))
 
@@ -764,8 +764,7 @@ def write_dataset(root: str = "data/synthetic", frames: int = 80, seed: int = 0,
         workers: processes; by default one per core.
         progress: show a bar.
     """
-    root = Path(root)
-    if root.exists():
+    if (root := Path(root)).exists():
         raise SystemExit(f"{root} exists already: remove it, or give another root")
     if frames < 1 or width < 32 or height < 32 or not 0 <= val < 1:
         raise SystemExit(f"cannot write {frames} frames of {width} x {height} pixels with val {val}")
@@ -776,8 +775,7 @@ def write_dataset(root: str = "data/synthetic", frames: int = 80, seed: int = 0,
             (unfinished / "training" / folder).mkdir(parents=True)
         is_val = [int((i + 1) * val) > int(i * val) for i in range(frames)]
         for name, keep in (("train", (False,)), ("val", (True,)), ("trainval", (False, True))):
-            ids = "".join(f"{i:06d}\n" for i in range(frames) if is_val[i] in keep)
-            (unfinished / "ImageSets" / f"{name}.txt").write_text(ids)
+            (unfinished / "ImageSets" / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in range(frames) if is_val[i] in keep))
         job = partial(write_frame, folder=unfinished / "training", seed=seed, width=width, height=height)
         bar = partial(tqdm, total=frames, desc=f"writing {root}", unit="frame", disable=not progress)
         # fork, where there is such a thing: it starts at once, and does not import the caller's script again
@@ -789,12 +787,14 @@ def write_dataset(root: str = "data/synthetic", frames: int = 80, seed: int = 0,
             pool.shutdown(cancel_futures=True)
         unfinished.chmod(0o755)  # a temporary folder is its owner's only
         unfinished.rename(root)
+    except OSError as e:  # a worker's often names no file
+        raise OSError(e.errno, e.strerror, str(root)) from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    import tyro
+    import runtime
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill cleans up as well
-    tyro.cli(write_dataset)
+    runtime.command_line(lambda: runtime.tyro.cli(runtime.later(write_dataset)))

@@ -18,7 +18,6 @@ Tested on fabricated files with these names, not on the downloaded originals.
 
 import argparse
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -276,10 +275,9 @@ def export(checkpoint: Path, /, *, format: Literal["torchvision", "timm", "mmdet
                 weights["pts_backbone." + name.removesuffix("weight") + "bias"] = torch.zeros(len(value))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside.with_name(beside.name + ".tmp")
-        temporary.write_text(json.dumps(meta, indent=1) + "\n")
-        runtime.save_atomically({"state_dict": {k: v.cpu().contiguous() for k, v in weights.items()}, "meta": meta}, out)
-        os.replace(temporary, beside)
     except OSError as e:
         raise BadInput(f"--out {out}: {e.strerror}") from None
+    with data.writing(beside) as temporary:
+        temporary.write_text(json.dumps(meta, indent=1) + "\n")
+        runtime.save_atomically({"state_dict": {k: v.cpu().contiguous() for k, v in weights.items()}, "meta": meta}, out)
     print(f"{out}: {len(weights)} tensors of {checkpoint}, step {saved['step']}; {beside}: how its pixels are normalised and where it comes from")

@@ -242,7 +242,7 @@ def test_depth_that_cannot_be_written(tmp_path, depths):
 
 
 def test_paths_and_shapes_that_cannot_be_written(tmp_path):
-    with pytest.raises(BadInput, match=r"none/d\.png: not writable \(No such file"):
+    with pytest.raises(BadInput, match=r"none/d\.png: not written \(No such file"):
         depth.write_depth([[1.0]], tmp_path / "none" / "d.png", 256)
     with pytest.raises(BadInput, match=r"d\.png: depth of shape \(1, 1, 2\)"):
         depth.write_depth([[[1.0, 2.0]]], tmp_path / "d.png", 256)

@@ -146,7 +146,7 @@ def test_killed_during_a_save_resumes_exactly(scenes, tmp_path):
     Stopping by --max-steps and going on is the same."""
     whole = start(tmp_path, "--data-root", scenes, *RESUMED, "--name", "whole")
     assert whole.wait(600) == 0, whole.stderr.read()
-    out, temporary = tmp_path / "out" / "demo", tmp_path / "out" / "demo" / "last.pt.tmp"
+    out, temporary = tmp_path / "out" / "demo", tmp_path / "out" / "demo" / "last.tmp.pt"
     process = start(tmp_path, "--data-root", scenes, *RESUMED)
     try:
         wait_until(lambda: (out / "last.pt").exists(), process)
@@ -167,17 +167,11 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_save(run_her
     out = tmp_path / "out" / "demo"
     run = lambda steps: run_here(simipu, "demo", "--data-root", scenes, *MINI, "--max-steps", steps)
     assert run(2)[0] == 0
-    (out / "last.pt.tmp").symlink_to("/dev/full")
+    (out / "last.tmp.pt").symlink_to("/dev/full")
     status, _, err = run(3)
-    assert (status, err.splitlines()[-1]) == (1, "error: out/demo/last.pt: No space left on device")
+    assert (status, err.splitlines()[-1]) == (1, "error: out/demo/last.pt: not written (No space left on device)")
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
     assert run(3)[0] == 0 and [line["step"] for line in read_log(out)] == [1, 2, 3]  # what it had begun to write is gone
-
-    with pytest.raises(OSError) as e, runtime.writing("log.jsonl"), open("/dev/full", "w") as f:
-        f.write("{}")
-    assert (e.value.filename, e.value.strerror) == ("log.jsonl", "No space left on device")
-    with pytest.raises(RuntimeError, match="another"), runtime.writing("log.jsonl"):
-        raise RuntimeError("another")
 
 
 def children(pid):
@@ -210,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_script, scenes, tmp_path, p
     done = run_script("simipu.py", "demo", *arguments, "--max-steps", 20, processes=processes)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if "error: " in line and "not finite" in line]
-    assert len(errors) == 1 and "step 2: the loss or its gradient is not finite; frames training/0000" in errors[0], done.stderr
+    assert len(errors) == 1 and errors[0].startswith("error: step 2: the loss or its gradient is not finite; frames training/0000"), done.stderr
     assert len(set(errors[0].split("frames ")[1].split(";")[0].split(", "))) == 4  # all that were in that step
     out = tmp_path / "out" / "demo"
     assert processes or "Traceback" not in done.stderr
@@ -234,7 +228,7 @@ def test_weights_that_are_not_finite_are_not_saved(run_here, scenes, tmp_path, m
 
     monkeypatch.setattr(simipu, "build_optimizers", poisoned)
     status, _, err = run_here(simipu, "demo", "--data-root", scenes, *MINI, "--max-steps", 9, "--save-every", 1)
-    assert status == 1 and "error: step 3: the loss or its gradient is not finite; frames training/0000" in err
+    assert status == 1 and err.splitlines()[-1].startswith("error: step 3: the loss or its gradient is not finite; frames training/0000")
     saved = torch.load(tmp_path / "out" / "demo" / "last.pt", weights_only=True)
     assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["model"].values())
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -290,6 +292,15 @@ def test_command_line(run_script, tmp_path):
     again = run_script("synthetic.py", "--root", "made/here", "--frames", 4)
     assert again.returncode == 1 and "made/here exists already" in again.stderr and len(again.stderr.splitlines()) == 1
     assert digests(root) == before
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
+    """No file may exceed 8 KB here: pictures and clouds do."""
+    command = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", sys.executable, "synthetic.py", "--root", tmp_path / "it", "--frames", "2", "--no-progress"]
+    for size in (["--width", "160", "--height", "48"], ["--width", "64", "--height", "32"]):  # ends at a picture, at a cloud
+        done = subprocess.run([*command, *size], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'it'}: File too large\n")
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path, monkeypatch):
