@@ -369,7 +369,8 @@ class Bench:
 
     def write(self):
         if self.json:
-            self.json.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            with data.disk_errors(self.json):
+                self.json.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 class Table:

@@ -43,16 +43,24 @@ class BadInput(ValueError):
 
 
 @contextlib.contextmanager
+def disk_errors(path):
+    """Raises BadInput, naming the file, for what the disk answers to a write."""
+    try:
+        yield
+    except OSError as e:
+        raise BadInput(f"{path}: not written ({e.strerror or e})") from None
+
+
+@contextlib.contextmanager
 def writing(path):
-    """A file that appears whole or not at all: -> the path to write to instead, which takes its place at the end. Raises BadInput, naming
-    the file, for what the disk answers."""
+    """A file that appears whole or not at all: -> the path to write to instead, which takes its place at the end. Raises BadInput as
+    `disk_errors` does."""
     path = Path(path)
     temporary = path.with_suffix(f".tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as e:
-        raise BadInput(f"{path}: not written ({e.strerror or e})") from None
+        with disk_errors(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

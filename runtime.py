@@ -27,7 +27,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from data import BadInput, writing
+from data import BadInput, disk_errors, writing
 
 
 def command_line(parse, run=lambda action: action()):
@@ -484,12 +484,8 @@ class Loop:
 
     def log(self, line):
         if self.run.main:
-            path = self.folder / "log.jsonl"
-            try:
-                with path.open("a") as f:
-                    f.write(json.dumps(line) + "\n")
-            except OSError as e:
-                raise BadInput(f"{path}: not written ({e.strerror})") from None
+            with disk_errors(path := self.folder / "log.jsonl"), path.open("a") as f:
+                f.write(json.dumps(line) + "\n")
 
     def judge(self):
         """A line of log.jsonl; the time it takes is no step's."""

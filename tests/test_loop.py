@@ -172,6 +172,8 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_save(run_her
     assert (status, err.splitlines()[-1]) == (1, "error: out/demo/last.pt: not written (No space left on device)")
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
     assert run(3)[0] == 0 and [line["step"] for line in read_log(out)] == [1, 2, 3]  # what it had begun to write is gone
+    with pytest.raises(data.BadInput, match=r"^log\.jsonl: not written \(No space left on device\)$"), data.disk_errors("log.jsonl"), open("/dev/full", "w") as f:
+        f.write("{}")
 
 
 def children(pid):
