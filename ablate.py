@@ -4,10 +4,11 @@
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
     python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25  # what is the initialisation worth, downstream?
 
-Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth. Every run is `SCRIPT
-demo FLAGS VARIANT --seed S` (another preset by --preset), in out/NAME/VARIANT/SEED, and is left alone if it has been finished before with
-the same flags; so a table that was interrupted goes on where it stopped. The table, in Markdown: mean over seeds, and their range, of
-the last step's figures (eval.py says what they are); no run and no step is picked. `random` is the untrained network.
+Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth. Every
+run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in out/NAME/VARIANT/SEED, and is left alone if
+it has been finished before with the same flags; so a table that was interrupted goes on where it stopped. The table, in
+Markdown: mean over seeds, and their range, of the last step's figures (eval.py says what they are); no run and no step
+is picked. `random` is the untrained network.
 --gather-negatives needs several processes; groups of 8 ask the same question.
 """
 
@@ -25,11 +26,11 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-import eval as evaluate
+import eval_match
 import finetune_depth
 import runtime
 import simipu
-from data import BadInput
+from files import BadInput, read_log
 
 VARIANTS = {
     "SimIPU": "",
@@ -51,7 +52,9 @@ VARIANTS = {
 
 @dataclasses.dataclass
 class Task:
-    """What is run, and which figures of its judgement (the key in log.jsonl) make the table: {title: (name of a figure, factor, decimals)}."""
+    """What is run, and which figures of its judgement (the key in log.jsonl) make the table: {title: (name of a figure,
+    factor, decimals)}.
+    """
 
     script: ModuleType
     key: str
@@ -84,10 +87,13 @@ TASKS = {
 
 def judged(folder, c, task):
     """The last step's judgement of a run, None if it is not there yet. Raises BadInput if it was another run."""
-    log = runtime.read_log(folder / "log.jsonl")
+    log = read_log(folder / "log.jsonl")
     found = next((line[task.key] for line in reversed(log) if line["step"] == c.max_steps and task.key in line), None)
     free = task.script.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames", "init"}
-    wanted, had = runtime.as_json(c, without=free), next((line["config"] for line in reversed(log) if "config" in line), {})
+    wanted, had = (
+        runtime.as_json(c, without=free),
+        next((line["config"] for line in reversed(log) if "config" in line), {}),
+    )
     differ = runtime.differences(had, wanted)
     if found and differ:
         raise BadInput(f"{folder}: made with {differ}; give another --name, or delete it")
@@ -97,7 +103,11 @@ def judged(folder, c, task):
 def cell(values, scale=1.0, decimals=1):
     """mean (smallest to largest) over seeds."""
     values = [scale * v for v in values if v is not None]
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(sum(values) / len(values), min(values), max(values), d=decimals) if values else "–"
+    return (
+        "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(sum(values) / len(values), min(values), max(values), d=decimals)
+        if values
+        else "–"
+    )
 
 
 def figure(found, name):
@@ -108,12 +118,20 @@ def figure(found, name):
 
 
 def row(name, found, task):
-    return f"| {name} | " + " | ".join(cell([figure(f, key) for f in found], scale, decimals) for key, scale, decimals in task.columns.values()) + " |"
+    return (
+        f"| {name} | "
+        + " | ".join(
+            cell([figure(f, key) for f in found], scale, decimals) for key, scale, decimals in task.columns.values()
+        )
+        + " |"
+    )
 
 
 @dataclasses.dataclass
 class Options:
-    """One flag changed at a time, several seeds each: a table of figures on frames never trained on. Further flags go to the task's script."""
+    """One flag changed at a time, several seeds each: a table of figures on frames never trained on. Further flags go
+    to the task's script.
+    """
 
     task: Literal["match", "depth"] = "match"
     """match: pre-training, judged by matching. depth: fine-tuning, judged by depth metrics."""
@@ -128,7 +146,9 @@ class Options:
     only: tuple[str, ...] = ()
     """Of match: names of variants; () for all of them."""
     inits: tuple[str, ...] = ("none", "out/demo/backbone.pt")
-    """Of depth: weights that the image encoder starts from. {seed} stands for the seed. A finished run is known by this path, not by what lies there."""
+    """Of depth: weights that the image encoder starts from. {seed} stands for the seed. A finished run is known by this
+    path, not by what lies there.
+    """
     labels: tuple[float, ...] = (1.0, 0.25)
     """Of depth: shares of the training pairs."""
 
@@ -138,7 +158,11 @@ def variants_of(options):
     if options.task == "depth" and options.only:
         raise BadInput("--only: of --task match; --inits and --labels say what is run for depth")
     if options.task == "depth":
-        return {f"{init}, {share:g} of labels": f"--init {shlex.quote(init)} --labels {share:g}" for share in options.labels for init in options.inits}
+        return {
+            f"{init}, {share:g} of labels": f"--init {shlex.quote(init)} --labels {share:g}"
+            for share in options.labels
+            for init in options.inits
+        }
     unknown = set(options.only) - VARIANTS.keys()
     if unknown:
         raise BadInput(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
@@ -154,43 +178,62 @@ def main():
 
 
 def ablate(options, flags, base):
-    """Run what has not been run, and print the table. flags: of the task's script and preset, which make the config `base`. Raises BadInput."""
+    """Run what has not been run, and print the table. flags: of the task's script and preset, which make the config
+    `base`. Raises BadInput.
+    """
     task, variants, seeds = TASKS[options.task], variants_of(options), options.seeds
     where = runtime.start_run(base.device)
     if not base.max_steps:
         raise BadInput("--max-steps 0: an ablation needs the same number of steps for all")
     if base.data_root != task.script.PRESETS[options.preset][1].data_root:
-        base.synthetic_frames, flags = 0, [*flags, "--synthetic-frames", "0"]  # real data that are not there are an error
-    frames, held_out, note = task.script.load_frames(base, where)  # the scenes are written once, before jobs look for them
+        base.synthetic_frames, flags = (
+            0,
+            [*flags, "--synthetic-frames", "0"],
+        )  # real data that are not there are an error
+    frames, held_out, note = task.script.load_frames(
+        base, where
+    )  # the scenes are written once, before jobs look for them
 
     def run(job):
         variant, seed = job
         folder = Path(base.out, options.name, re.sub(r"[^\w.]+", "_", variant), str(seed))
         own = shlex.split(variants[variant].replace("{seed}", str(seed)))
         arguments = [*flags, *own, "--seed", str(seed), "--name", str(folder.relative_to(base.out))]
-        steps = base.max_steps * base.batch_size // task.parse(options.preset, arguments).batch_size  # other batches see as many frames
+        steps = (
+            base.max_steps * base.batch_size // task.parse(options.preset, arguments).batch_size
+        )  # other batches see as many frames
         arguments += ["--max-steps", str(steps)]
         c = task.parse(options.preset, arguments)
         found = judged(folder, c, task)
         if found is None:
             threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
             command = [sys.executable, str(Path(task.script.__file__)), options.preset, *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads, **os.environ})
+            done = subprocess.run(
+                command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads, **os.environ}
+            )
             found = judged(folder, c, task)
             if done.returncode or found is None:
                 lines = done.stderr.strip().splitlines()
-                raise BadInput(f"{shlex.join([options.preset, *arguments])}: {lines[-1] if lines else 'ended without being judged; --eval-splits?'}")
+                raise BadInput(
+                    f"{shlex.join([options.preset, *arguments])}: {lines[-1] if lines else 'ended without being judged; --eval-splits?'}"
+                )
         return job, found
 
-    work = [(variant, seed) for seed in seeds for variant in variants]  # a seed at a time: an interrupted table has whole columns
+    work = [
+        (variant, seed) for seed in seeds for variant in variants
+    ]  # a seed at a time: an interrupted table has whole columns
     with ThreadPoolExecutor(options.jobs) as pool:
         found = dict(tqdm(pool.map(run, work), total=len(work), dynamic_ncols=True))
 
-    print(f"{len(frames)} frames, {base.max_steps} steps of {base.batch_size}, judged on {len(held_out)} others; mean (range) over seeds {' '.join(map(str, seeds))}")
+    print(
+        f"{len(frames)} frames, {base.max_steps} steps of {base.batch_size}, judged on {len(held_out)} others; mean (range) over seeds {' '.join(map(str, seeds))}"
+    )
     print(note or "", end="\n" if note else "")
     print(f"| | {' | '.join(task.columns)} |\n|{'---|' * (len(task.columns) + 1)}")
     if options.task == "match":
-        print(row("random", [evaluate.match_random(dataclasses.replace(base, seed=seed), held_out, where.device) for seed in seeds], task))
+        configs = [dataclasses.replace(base, seed=seed) for seed in seeds]
+        random = [eval_match.match(simipu.untrained(c, where.device), held_out, c, where.device) for c in configs]
+        print(row("random", random, task))
     for variant in variants:
         name = f"{variant} `{variants[variant]}`" if variants[variant] and options.task == "match" else variant
         print(row(name, [found[variant, seed] for seed in seeds], task))

@@ -7,22 +7,25 @@
     python bench.py ops --data-root data/kitti --splits train --json ops.jsonl
 
 On a GPU the same commands take 8 frames, time with CUDA events, and run as training does: Triton, bfloat16 autocast.
-Clouds and images always come from a data set, never from a random generator: how dense a cloud is decides most of the times.
+Clouds and images always come from a data set, never from a random generator: how dense a cloud is decides most of the
+times.
 
-How: the sides of a row run once each in float32, and their results are compared; once more to warm up; then they take turns, A B B A.
-Times are medians, with the fastest run in brackets: the two far apart say that the machine was busy, and then not even ratios hold.
-ratio is peer / ours. saved is what autograd keeps alive for the backward pass, weights aside; peak, on GPUs, is what the allocator had
-to add to run a side. moved counts the bytes of every operation's operands and results once, which no program that fuses nothing can do
-without; of roofline is the time they take at the bandwidth of a large copy, measured in the same run, as a share of the stage's time; it
-may exceed 100 % where operands stay in a cache. same is the error found: exact, or the norm of the difference relative to the peer's
-(see `differ` for indices). A wrong answer ends the program with status 1.
+How: the sides of a row run once each in float32, and their results are compared; once more to warm up; then they take
+turns, A B B A. Times are medians, with the fastest run in brackets: the two far apart say that the machine was busy,
+and then not even ratios hold. ratio is peer / ours. saved is what autograd keeps alive for the backward pass, weights
+aside; peak, on GPUs, is what the allocator had to add to run a side. moved counts the bytes of every operation's
+operands and results once, which no program that fuses nothing can do without; of roofline is the time they take at the
+bandwidth of a large copy, measured in the same run, as a share of the stage's time; it may exceed 100 % where operands
+stay in a cache. same is the error found: exact, or the norm of the difference relative to the peer's (see `differ` for
+indices). A wrong answer ends the program with status 1.
 
-The peers. ops: the torch loop that everybody writes for farthest points; ball query by cdist and topk, and by scipy's k-d tree; set
-abstractions that group, then run Conv2d, BatchNorm2d and ReLU over (B, C, M, k); F.grid_sample, image by image; scipy's assignment
-of full matrices, one after another. step: the same step with grouped set abstractions, serial scipy, and grid_sample image by image;
-its farthest points and balls stay ours, since the usual code has compiled CUDA operations for them. Where sizes are drawn, the usual
-code draws one for each image and pads the batch to the largest: a second row has images that much larger. step --task depth: the same
-network in the toolbox's way, that is float32 (TF32 where a GPU has it), channels first, an unfused AdamW, a loss that indexes by a mask.
+The peers. ops: the torch loop that everybody writes for farthest points; ball query by cdist and topk, and by scipy's
+k-d tree; set abstractions that group, then run Conv2d, BatchNorm2d and ReLU over (B, C, M, k); F.grid_sample, image by
+image; scipy's assignment of full matrices, one after another. step: the same step with grouped set abstractions, serial
+scipy, and grid_sample image by image; its farthest points and balls stay ours, since the usual code has compiled CUDA
+operations for them. Where sizes are drawn, the usual code draws one for each image and pads the batch to the largest: a
+second row has images that much larger. step --task depth: the same network in the toolbox's way, that is float32 (TF32
+where a GPU has it), channels first, an unfused AdamW, a loss that indexes by a mask.
 """
 
 import contextlib
@@ -39,7 +42,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -72,21 +75,23 @@ class Options:
     preset: Literal["kitti", "demo"] = "kitti"
     """Sizes of everything: the paper's with images of 1242 x 375, or those of `simipu.py demo`."""
     samples: int = 0
-    """Frames in the batch, each in two views; of `step`, those of one forward pass, all each other's negatives. 0: 8 on a GPU, 2 on a CPU."""
+    """Frames in the batch, each in two views; of `step`, those of one forward pass, all each other's negatives. 0: 8 on
+    a GPU, 2 on a CPU.
+    """
     repeats: int = 0
     """Timed runs of each side. 0: 20 on a GPU, 3 on a CPU."""
     threads: int = 0
     """Threads of torch. 0: its own choice."""
-    workers: Optional[int] = None
+    workers: int | None = None
     """Loading processes of `step`; 0 for none. By default as many as cores, up to 16, on a GPU, and 1 on a CPU."""
-    num_points: Optional[int] = None
+    num_points: int | None = None
     """Another number than the preset's; so the next three."""
-    places: Optional[int] = None
-    image_encoder: Optional[str] = None
-    image_scale: Optional[tuple[int, int]] = None
+    places: int | None = None
+    image_encoder: str | None = None
+    image_scale: tuple[int, int] | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
-    json: Optional[Path] = None
+    json: Path | None = None
     """Write all rows to this file too, one JSON object a line, with the time of every run."""
 
 
@@ -190,8 +195,9 @@ def serial_scipy(alpha, beta, T, visible, method):
 
 
 def picks_differ(points):
-    """Rounding may break a tie otherwise, and all later picks follow from it. So where two orders part, both picks must be
-    equally far from all before; how unequal they are is the error."""
+    """Rounding may break a tie otherwise, and all later picks follow from it. So where two orders part, both picks must
+    be equally far from all before; how unequal they are is the error.
+    """
 
     def differ(ours, peer):
         worst = 0.0
@@ -290,7 +296,9 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def batch_for(self, dtype):
-        """The batch; but where results are compared in float32, of which bfloat16 takes half the memory, eight of its frames."""
+        """The batch; but where results are compared in float32, of which bfloat16 takes half the memory, eight of its
+        frames.
+        """
         return self.batch if dtype == self.dtype else {name: values[:8] for name, values in self.batch.items()}
 
     def trained(self, function, x, weights=()):
@@ -321,7 +329,9 @@ class Bench:
         return start.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / 1e6
 
     def compare(self, op, shape, ours, peers, differ, limit):
-        """One row for each peer that fits into memory. A side is a function of the dtype that activations should have; `limit` is on the error."""
+        """One row for each peer that fits into memory. A side is a function of the dtype that activations should have;
+        `limit` is on the error.
+        """
         sides, results, saved, peak = {"ours": ours}, {}, {}, {}
         for name, side in {**sides, **peers}.items():
             try:
@@ -374,7 +384,9 @@ class Bench:
 
 
 class Table:
-    """Rows of cells as they come, columns of at least `widths` {name: characters}; new names of columns begin a new table."""
+    """Rows of cells as they come, columns of at least `widths` {name: characters}; new names of columns begin a new
+    table.
+    """
 
     def __init__(self, widths):
         self.widths, self.columns = widths, None
@@ -405,7 +417,9 @@ def cpu_name():
 
 @contextlib.contextmanager
 def saved_for_backward(weights, stage=lambda: "all"):
-    """Yields a Counter: bytes that autograd keeps for the backward pass, by the stage that saved them; each storage once."""
+    """Yields a Counter: bytes that autograd keeps for the backward pass, by the stage that saved them; each storage
+    once.
+    """
     seen, size = {p.untyped_storage().data_ptr() for p in weights}, Counter()
 
     def pack(tensor):
@@ -420,9 +434,10 @@ def saved_for_backward(weights, stage=lambda: "all"):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts, in `bytes` by stage, what operations read and write: each operand and each result once, whole, views and allocations free.
-    Batch norm and convolution's backward pass read some operands twice, a gather reads only a part of one. On a CPU, where they are numpy's and
-    scipy's, the point operations are not seen."""
+    """Counts, in `bytes` by stage, what operations read and write: each operand and each result once, whole, views and
+    allocations free. Batch norm and convolution's backward pass read some operands twice, a gather reads only a part of
+    one. On a CPU, where they are numpy's and scipy's, the point operations are not seen.
+    """
 
     FREE = ("aten::_unsafe_view", "aten::empty", "aten::new_empty")  # besides the views that say so
     UNREAD = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_")  # the first operand
@@ -565,8 +580,10 @@ def bench_ops(b):
 
 
 def consecutive_steps(b, step, stages, modules, tail):
-    """Steps as training runs them, from loading processes, as a table by stage: `stages` before and after those inside forward, {stage:
-    module} of which are `modules`; what forward does besides belongs to `tail`. step(batch, dtype, enter)."""
+    """Steps as training runs them, from loading processes, as a table by stage: `stages` before and after those inside
+    forward, {stage: module} of which are `modules`; what forward does besides belongs to `tail`. step(batch, dtype,
+    enter).
+    """
     c, roofline = b.c, b.copy_gb_per_s()
     print(f"{c.workers} loading processes; a copy moves {number(roofline)} GB/s")
     warm_up = 2  # the second still lives on frames that were loaded during the first
@@ -615,7 +632,9 @@ def images_per_s(b, roofline, peers):
 
 
 def frozen_step(b, model, optimizers, tail, clip=0.0):
-    """step(batch, dtype, enter) -> loss, stats, of a model, with rates of 0: the same work, and every run is the same step."""
+    """step(batch, dtype, enter) -> loss, stats, of a model, with rates of 0: the same work, and every run is the same
+    step.
+    """
     for parameters in (g for o in optimizers for g in o.param_groups):
         parameters["lr"] = 0.0
 
@@ -638,8 +657,9 @@ def frozen_step(b, model, optimizers, tail, clip=0.0):
 
 
 def padding(sizes, c):
-    """How many times the pixels of one drawn size for all images a batch has whose images, (B, 2) (width, height), each draw their own and are
-    padded to the largest: the mean over 1000 steps. 1 where nothing is drawn."""
+    """How many times the pixels of one drawn size for all images a batch has whose images, (B, 2) (width, height), each
+    draw their own and are padded to the largest: the mean over 1000 steps. 1 where nothing is drawn.
+    """
     boxes = np.array([[data.random_image_scale(c.image_scale, i, j) for j in range(len(sizes))] for i in range(1000)])  # (1000, B, 2)
     pixels = []
     for box in (boxes, boxes[:, :1]):
@@ -687,7 +707,8 @@ def bench_step(b):
         with patch.object(simipu, "match_in_background", lambda *_: lambda: known[dtype]):
             return step(b.batch_for(dtype), dtype)
 
-    # .05: once rounding breaks a tie among the farthest features, other places follow; `ops` holds each part to its own limit
+    # .05: once rounding breaks a tie among the farthest features, other places follow; `ops` holds each part to its own
+    # limit
     whole = "step", f"{c.batch_size} frames", lambda dtype: step(b.batch_for(dtype), dtype)
     b.compare(*whole, usual, norms_differ, 0.05)
     b.compare(*whole, {"with known pairs": step_with_known_pairs}, norms_differ, 0.05)

@@ -3,25 +3,23 @@
     python eval.py depth out/depth_kitti/last.pt --save predictions                             # a network's
     python eval.py depth predictions --preset kitti --data-root data/kitti_raw                  # anybody's, from 16-bit PNGs
 
-Maps are float metres (H, W), in files 16-bit PNGs of metres x 256 (KITTI) or x 1000 (NYU). Ground truth is 0 where there is none.
-A figure is one image's first, then the mean over images. Two protocols, which are not to be mixed:
+Maps are float metres (H, W), in files 16-bit PNGs of metres x 256 (KITTI) or x 1000 (NYU). Ground truth is 0 where
+there is none. A figure is one image's first, then the mean over images. Two protocols, which are not to be mixed:
 
-    Eigen style   `eigen_metrics`: ground truth within a range of depths and a crop, predictions clipped to that range; KITTI's
+    Eigen style   `eigen_metrics`: ground truth within a range of depths and a crop, predictions clipped to that range;
+    KITTI's
                   maps are cut by `kb_crop` before. What papers print, and `PUBLISHED` has.
     benchmark     `benchmark_metrics`: all ground truth, as it is, by the leaderboard's names and units.
 
-The first agrees, on real maps and to 2e-7, with Monocular-Depth-Estimation-Toolbox, which SimIPU's depth results were made with.
-Wrong input raises `BadInput`, one line.
+The first agrees, on real maps and to 2e-7, with Monocular-Depth-Estimation-Toolbox, which SimIPU's depth results were
+made with. Wrong input raises `BadInput`, one line.
 """
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,29 +27,72 @@ import data
 import data_depth
 import pictures
 import runtime
-from data import BadInput
 from data_depth import KB, kb_window
+from files import BadInput, writing
 
-CROPS = {"kitti": "garg", "kitti_lidar": "garg", "nyu": "eigen", "scenes": "none"}  # where ground truth counts, by data set
-# what papers report: data.fingerprint of the sorted names of Eigen's 652 images with ground truth, and of NYU's 654; range of depth
+CROPS = {
+    "kitti": "garg",
+    "kitti_lidar": "garg",
+    "nyu": "eigen",
+    "scenes": "none",
+}  # where ground truth counts, by data set
+# what papers report: data.fingerprint of the sorted names of Eigen's 652 images with ground truth, and of NYU's 654;
+# range of depth
 STANDARD = {"kitti": ("b2603830d8f27010", 1e-3, 80), "nyu": ("b69a1438e6b67601", 1e-3, 10)}
-EIGEN = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "silog", "log10")  # of 1: a1 to a3, abs_rel; metres: sq_rel, rmse; silog x 100
-BENCHMARK = ("SILog", "absErrorRel", "sqErrorRel", "iRMSE")  # the leaderboard's names: x 100, %, % (over squared ground truth), 1/km
-GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)  # Garg's crop: rows from, to, columns from, to, as shares of the edges
+EIGEN = (
+    "a1",
+    "a2",
+    "a3",
+    "abs_rel",
+    "sq_rel",
+    "rmse",
+    "rmse_log",
+    "silog",
+    "log10",
+)  # of 1: a1 to a3, abs_rel; metres: sq_rel, rmse; silog x 100
+BENCHMARK = (
+    "SILog",
+    "absErrorRel",
+    "sqErrorRel",
+    "iRMSE",
+)  # the leaderboard's names: x 100, %, % (over squared ground truth), 1/km
+GARG = (
+    0.40810811,
+    0.99189189,
+    0.03594771,
+    0.96405229,
+)  # Garg's crop: rows from, to, columns from, to, as shares of the edges
 
-# Last lines of the official logs (configs/simipu/resources/logs): one run each, ResNet-50, 24 epochs, flip test-time augmentation
+# Last lines of the official logs (configs/simipu/resources/logs): one run each, ResNet-50, 24 epochs, flip test-time
+# augmentation
 PUBLISHED = {
     "kitti": {
-        "published, scratch": dict(zip(EIGEN, (0.90924, 0.98157, 0.99579, 0.08693, 0.38533, 3.2793, 0.13353, 12.3282, 0.03825))),
-        "published, SimIPU on KITTI": dict(zip(EIGEN, (0.93100, 0.98772, 0.99699, 0.07546, 0.31195, 2.9595, 0.11704, 10.7722, 0.03324))),
-        "published, SimIPU on Waymo": dict(zip(EIGEN, (0.94520, 0.99177, 0.99805, 0.06656, 0.25009, 2.6697, 0.10372, 9.4962, 0.02943))),
-        "published, ImageNet labels": dict(zip(EIGEN, (0.95797, 0.99418, 0.99891, 0.05987, 0.20547, 2.4544, 0.09314, 8.5474, 0.02652))),
+        "published, scratch": dict(
+            zip(EIGEN, (0.90924, 0.98157, 0.99579, 0.08693, 0.38533, 3.2793, 0.13353, 12.3282, 0.03825))
+        ),
+        "published, SimIPU on KITTI": dict(
+            zip(EIGEN, (0.93100, 0.98772, 0.99699, 0.07546, 0.31195, 2.9595, 0.11704, 10.7722, 0.03324))
+        ),
+        "published, SimIPU on Waymo": dict(
+            zip(EIGEN, (0.94520, 0.99177, 0.99805, 0.06656, 0.25009, 2.6697, 0.10372, 9.4962, 0.02943))
+        ),
+        "published, ImageNet labels": dict(
+            zip(EIGEN, (0.95797, 0.99418, 0.99891, 0.05987, 0.20547, 2.4544, 0.09314, 8.5474, 0.02652))
+        ),
     },
     "nyu": {
-        "published, scratch": dict(zip(EIGEN, (0.67276, 0.90709, 0.97416, 0.20469, 0.18202, 0.6619, 0.24816, 20.7970, 0.08529))),
-        "published, SimIPU on KITTI": dict(zip(EIGEN, (0.72909, 0.93235, 0.98318, 0.17751, 0.14427, 0.5862, 0.21862, 18.0709, 0.07476))),
-        "published, SimIPU on Waymo": dict(zip(EIGEN, (0.76302, 0.94303, 0.98518, 0.16581, 0.13051, 0.5462, 0.20414, 16.9259, 0.06923))),
-        "published, ImageNet labels": dict(zip(EIGEN, (0.81541, 0.96189, 0.99150, 0.14292, 0.09731, 0.4810, 0.17829, 14.7621, 0.06038))),
+        "published, scratch": dict(
+            zip(EIGEN, (0.67276, 0.90709, 0.97416, 0.20469, 0.18202, 0.6619, 0.24816, 20.7970, 0.08529))
+        ),
+        "published, SimIPU on KITTI": dict(
+            zip(EIGEN, (0.72909, 0.93235, 0.98318, 0.17751, 0.14427, 0.5862, 0.21862, 18.0709, 0.07476))
+        ),
+        "published, SimIPU on Waymo": dict(
+            zip(EIGEN, (0.76302, 0.94303, 0.98518, 0.16581, 0.13051, 0.5462, 0.20414, 16.9259, 0.06923))
+        ),
+        "published, ImageNet labels": dict(
+            zip(EIGEN, (0.81541, 0.96189, 0.99150, 0.14292, 0.09731, 0.4810, 0.17829, 14.7621, 0.06038))
+        ),
     },
 }
 
@@ -61,14 +102,17 @@ PUBLISHED = {
 
 
 def kb_crop(depth):
-    """KITTI's maps as they are scored: (..., H, W) -> (..., 352, 1216), numpy or torch. Raises BadInput for a smaller one."""
+    """KITTI's maps as they are scored: (..., H, W) -> (..., 352, 1216), numpy or torch. Raises BadInput for a smaller
+    one.
+    """
     rows, columns = kb_window(*depth.shape[-2:])
     return depth[..., rows, columns]
 
 
 def crop_mask(height, width, crop):
-    """Where ground truth counts, bool (height, width). crop: "garg" (KITTI, inside the KITTI crop), "eigen" (NYU: of 480 x 640 alone)
-    or "none". Raises BadInput for another size or another name."""
+    """Where ground truth counts, bool (height, width). crop: "garg" (KITTI, inside the KITTI crop), "eigen" (NYU: of
+    480 x 640 alone) or "none". Raises BadInput for another size or another name.
+    """
     if crop == "garg":
         top, bottom, left, right = (int(share * edge) for share, edge in zip(GARG, (height, height, width, width)))
     elif crop == "eigen":
@@ -85,7 +129,9 @@ def crop_mask(height, width, crop):
 
 
 def scored_pixels(prediction, truth, counts, name):
-    """Both maps at the pixels that count, (n,) float64 each. Raises BadInput where either is NaN or infinite, which would spread."""
+    """Both maps at the pixels that count, (n,) float64 each. Raises BadInput where either is NaN or infinite, which
+    would spread.
+    """
     p, gt = prediction[counts].astype(np.float64), truth[counts].astype(np.float64)
     for what, values in (("prediction", p), ("ground truth", gt)):
         bad = (~np.isfinite(values)).sum()
@@ -97,20 +143,26 @@ def scored_pixels(prediction, truth, counts, name):
 def check_sizes(prediction, truth, name):
     if prediction.ndim != 2 or prediction.shape != truth.shape:
         sizes = [" x ".join(map(str, m.shape)) for m in (prediction, truth)]
-        raise BadInput(f"{name}: prediction is {sizes[0]} (height x width), ground truth {sizes[1]}; must be two maps of one size")
+        raise BadInput(
+            f"{name}: prediction is {sizes[0]} (height x width), ground truth {sizes[1]}; must be two maps of one size"
+        )
 
 
 def scale_invariant(d):
-    """100 x standard deviation of d (n,), differences of log-depth. Rounding leaves the variance of equal ones a little below 0."""
+    """100 x standard deviation of d (n,), differences of log-depth. Rounding leaves the variance of equal ones a little
+    below 0.
+    """
     return 100 * np.sqrt(max(np.mean(d**2) - np.mean(d) ** 2, 0.0))
 
 
 def eigen_metrics(prediction, truth, low, high, crop="none", name="prediction"):
-    """Eigen et al.'s metrics of one image. -> {one of EIGEN: float}, or None where no ground truth counts: such images have no say.
+    """Eigen et al.'s metrics of one image. -> {one of EIGEN: float}, or None where no ground truth counts: such images
+    have no say.
 
-    prediction, truth: float metres (H, W). Ground truth counts strictly between low and high, metres, inside the crop (crop_mask).
-    Predictions are clipped to [low, high] before, so what is 0 or negative counts as low, and is no error. name: of the
-    image, for messages. Raises BadInput for different sizes, and for a prediction that is NaN or infinite where ground truth counts.
+    prediction, truth: float metres (H, W). Ground truth counts strictly between low and high, metres, inside the crop
+    (crop_mask). Predictions are clipped to [low, high] before, so what is 0 or negative counts as low, and is no error.
+    name: of the image, for messages. Raises BadInput for different sizes, and for a prediction that is NaN or infinite
+    where ground truth counts.
     """
     check_sizes(prediction, truth, name)
     # compared as it was read: in float32, where NYU's 1 mm, as its PNGs have it, equals low and does not count
@@ -137,8 +189,9 @@ def eigen_metrics(prediction, truth, low, high, crop="none", name="prediction"):
 def benchmark_metrics(prediction, truth, name="prediction"):
     """KITTI's depth benchmark of one image. -> {one of BENCHMARK: float}, or None without ground truth.
 
-    prediction, truth: float metres (H, W). All ground truth above 0 counts: no range, no crop, and nothing is clipped. Raises
-    BadInput for different sizes, and for a prediction that is NaN, infinite, 0 or negative where there is ground truth.
+    prediction, truth: float metres (H, W). All ground truth above 0 counts: no range, no crop, and nothing is clipped.
+    Raises BadInput for different sizes, and for a prediction that is NaN, infinite, 0 or negative where there is ground
+    truth.
     """
     check_sizes(prediction, truth, name)
     counts = truth > 0
@@ -146,7 +199,9 @@ def benchmark_metrics(prediction, truth, name="prediction"):
         return None
     p, gt = scored_pixels(prediction, truth, counts, name)
     if (p <= 0).any():
-        raise BadInput(f"{name}: prediction 0 or negative at {(p <= 0).sum()} of the {len(p)} pixels with ground truth; the benchmark takes logarithms of it")
+        raise BadInput(
+            f"{name}: prediction 0 or negative at {(p <= 0).sum()} of the {len(p)} pixels with ground truth; the benchmark takes logarithms of it"
+        )
     found = {
         "SILog": scale_invariant(np.log(p) - np.log(gt)),
         "absErrorRel": 100 * np.mean(np.abs(gt - p) / gt),
@@ -157,8 +212,9 @@ def benchmark_metrics(prediction, truth, name="prediction"):
 
 
 def mean_over_images(rows):
-    """The figures of a set of images: of each image's, a dict, or None where it had no ground truth. -> {name: mean}, images counted,
-    images left out. Raises BadInput where none is left."""
+    """The figures of a set of images: of each image's, a dict, or None where it had no ground truth. -> {name: mean},
+    images counted, images left out. Raises BadInput where none is left.
+    """
     scored = [row for row in rows if row is not None]
     if not scored:
         raise BadInput(f"no ground truth that counts in any of the {len(rows)} images")
@@ -175,8 +231,10 @@ def read_depth(path, scale):
 
 
 def write_depth(depth, path, scale):
-    """Metres (H, W) -> a 16-bit PNG of metres x scale, rounded; what is too deep for 16 bits (256 m at KITTI's 256, 65 m at NYU's
-    1000) becomes 65535. Less than half a step becomes 0. Raises BadInput for NaN, infinite or negative depth, and a path that fails."""
+    """Metres (H, W) -> a 16-bit PNG of metres x scale, rounded; what is too deep for 16 bits (256 m at KITTI's 256, 65
+    m at NYU's 1000) becomes 65535. Less than half a step becomes 0. Raises BadInput for NaN, infinite or negative
+    depth, and a path that fails.
+    """
     depth = np.asarray(depth, np.float64)
     if depth.ndim != 2:
         raise BadInput(f"{path}: depth of shape {depth.shape} cannot be written; must be (height, width)")
@@ -184,19 +242,23 @@ def write_depth(depth, path, scale):
     if bad:
         raise BadInput(f"{path}: not written, {bad} of {depth.size} depths are NaN, infinite or negative")
     steps = np.minimum(np.round(depth * scale), 65535).astype(np.uint16)
-    with data.writing(path) as temporary:
+    with writing(path) as temporary:
         Image.fromarray(steps).save(temporary, format="PNG")
 
 
 def match_prediction(prediction, truth_shape, path):
-    """A prediction (H, W) at the size of its ground truth. Many are of KITTI's crop alone: those are put back where it lies, their edges
-    continued into the margins, which no Eigen-style figure looks at. Raises BadInput, which names path, for any other size."""
+    """A prediction (H, W) at the size of its ground truth. Many are of KITTI's crop alone: those are put back where it
+    lies, their edges continued into the margins, which no Eigen-style figure looks at. Raises BadInput, which names
+    path, for any other size.
+    """
     height, width = truth_shape
     if prediction.shape == (height, width):
         return prediction
     if prediction.shape != KB or height < KB[0] or width < KB[1]:
         size = " x ".join(map(str, prediction.shape))
-        raise BadInput(f"{path}: {size} (height x width), ground truth is {height} x {width}; must be that, or KITTI's crop of it, {KB[0]} x {KB[1]}")
+        raise BadInput(
+            f"{path}: {size} (height x width), ground truth is {height} x {width}; must be that, or KITTI's crop of it, {KB[0]} x {KB[1]}"
+        )
     return fill_border(prediction, kb_window(height, width), truth_shape)
 
 
@@ -207,8 +269,9 @@ def fill_border(prediction, part, shape):
 
 
 def find_prediction(folder, name, also=()):
-    """The file of a prediction, whoever named it: in `folder`, NAME.png or the same with _ for /, then so for the further stems in
-    `also`. Raises BadInput if none is there."""
+    """The file of a prediction, whoever named it: in `folder`, NAME.png or the same with _ for /, then so for the
+    further stems in `also`. Raises BadInput if none is there.
+    """
     stems = (name, *also)
     for stem in stems:
         for path in (Path(folder) / f"{stem}.png", Path(folder) / f"{stem.replace('/', '_')}.png"):
@@ -220,12 +283,22 @@ def find_prediction(folder, name, also=()):
     raise BadInput(f"{folder}: no {name}.png in it" + f", nor {'.png, '.join(others)}.png" * bool(others))
 
 
+def bts_names(name):
+    """What others call the prediction for an image of KITTI: DRIVE_FRAME (BTS), DRIVE_image_FRAME_CAMERA (KITTI's
+    benchmark).
+    """
+    parts = name.split("/")
+    return [f"{parts[-4]}_{parts[-1]}", f"{parts[-4]}_image_{parts[-1]}_{parts[-3]}"] if len(parts) >= 4 else []
+
+
 # -----------------------------------------------------------------------------
 # table
 
 
 def depth_table(rows, images):
-    """Lines of text for {name: {one of EIGEN: figure}}, scored on so many images. A figure that a row lacks is a dash."""
+    """Lines of text for {name: {one of EIGEN: figure}}, scored on so many images. A figure that a row lacks is a
+    dash.
+    """
     digits = {"a1": 3, "a2": 3, "a3": 3, "abs_rel": 4, "sq_rel": 4, "rmse": 3, "rmse_log": 4, "silog": 2, "log10": 4}
     width = max(map(len, rows))
     lines = [
@@ -233,16 +306,23 @@ def depth_table(rows, images):
         " ".join([" " * width, *(f"{k:>8}" for k in EIGEN)]),
     ]
     for name, r in rows.items():
-        lines.append(" ".join([f"{name:>{width}}", *(f"{r[k]:8.{digits[k]}f}" if k in r else f"{'-':>8}" for k in EIGEN)]))
+        lines.append(
+            " ".join([f"{name:>{width}}", *(f"{r[k]:8.{digits[k]}f}" if k in r else f"{'-':>8}" for k in EIGEN)])
+        )
     return lines
 
 
 def report(c, rows):
-    """Lines of text for {name: result of `judge`}; the published rows too, where the test split is the one they are of."""
+    """Lines of text for {name: result of `judge`}; the published rows too, where the test split is the one they are
+    of.
+    """
     first = next(iter(rows.values()))
     known = PUBLISHED[c.dataset] if STANDARD.get(c.dataset) == (first["names"], c.min_depth, c.max_depth) else {}
     lines = depth_table({name: r["eigen"] for name, r in rows.items()} | known, first["images"])
-    lines[0] += f"; {c.min_depth:g} to {c.max_depth:g} m, crop {CROPS[c.dataset]}" + f"; {first['left_out']} left out, without ground truth" * (first["left_out"] > 0)
+    lines[0] += (
+        f"; {c.min_depth:g} to {c.max_depth:g} m, crop {CROPS[c.dataset]}"
+        + f"; {first['left_out']} left out, without ground truth" * (first["left_out"] > 0)
+    )
     for name, r in rows.items():
         figures = ", ".join(f"{k} {r['benchmark'][k]:.2f}" for k in BENCHMARK) if r["benchmark"] else "not to be had"
         zeros = f"; without {r['zeros']} images where a prediction is 0" * (r["zeros"] > 0)
@@ -256,8 +336,10 @@ def report(c, rows):
 
 @torch.no_grad()
 def predict(model, image, c, device):
-    """Depth of a whole image, averaged with that of its mirror image. model: finetune_depth.DepthNet in eval mode; image (H, W, 3) uint8;
-    c: finetune_depth.Config. -> float32 metres (H, W). What lies outside KITTI's crop, which the network never sees, continues the edges."""
+    """Depth of a whole image, averaged with that of its mirror image. model: finetune_depth.DepthNet in eval mode;
+    image (H, W, 3) uint8; c: finetune_depth.Config. -> float32 metres (H, W). What lies outside KITTI's crop, which the
+    network never sees, continues the edges.
+    """
     part = data_depth.without_border(c.dataset, *image.shape[:2], training=False)
     seen = image[part].copy()  # torch wants it writable
     height, width = seen.shape[:2]
@@ -272,8 +354,10 @@ def predict(model, image, c, device):
 
 
 def score(prediction, truth, c, name):
-    """Both protocols' figures of one image, each None without ground truth, the benchmark's also where a prediction for ground truth is 0, as
-    in maps that are padded with it: True says so. prediction, truth: metres (H, W), whole images."""
+    """Both protocols' figures of one image, each None without ground truth, the benchmark's also where a prediction for
+    ground truth is 0, as in maps that are padded with it: True says so. prediction, truth: metres (H, W), whole
+    images.
+    """
     part = data_depth.without_border(c.dataset, *truth.shape, training=False)
     eigen = eigen_metrics(prediction[part], truth[part], c.min_depth, c.max_depth, CROPS[c.dataset], name)
     zero = bool((prediction[truth > 0] == 0).any())
@@ -281,17 +365,27 @@ def score(prediction, truth, c, name):
 
 
 def summary(scored, names):
-    """Of the results of `score` for the images `names`: {"eigen", "benchmark": means over images; "images", "left_out", "zeros": how many; "names":
-    which images they are of}."""
+    """Of the results of `score` for the images `names`: {"eigen", "benchmark": means over images; "images", "left_out",
+    "zeros": how many; "names": which images they are of}.
+    """
     eigens, benchmarks, zeros = zip(*scored)
     eigen, images, left_out = mean_over_images(eigens)
     benchmark = mean_over_images(benchmarks)[0] if any(benchmarks) else {}
     kept = sorted(name for name, e in zip(names, eigens) if e)
-    return {"eigen": eigen, "benchmark": benchmark, "images": images, "left_out": left_out, "zeros": sum(zeros), "names": data.fingerprint(kept)}
+    return {
+        "eigen": eigen,
+        "benchmark": benchmark,
+        "images": images,
+        "left_out": left_out,
+        "zeros": sum(zeros),
+        "names": data.fingerprint(kept),
+    }
 
 
 def load(pair, c):
-    """-> image (H, W, 3) uint8, ground truth (H, W) float32 metres. Raises BadInput, naming the file, for what cannot be read or cropped."""
+    """-> image (H, W, 3) uint8, ground truth (H, W) float32 metres. Raises BadInput, naming the file, for what cannot
+    be read or cropped.
+    """
     image, depth = data_depth.load_pair(pair)
     try:
         part = data_depth.without_border(c.dataset, *depth.shape, training=False)
@@ -302,12 +396,21 @@ def load(pair, c):
 
 
 def judge(model, pairs, c, run):
-    """A network's figures on pairs, on every rank; each takes its share. -> result of `summary`. The model is left in eval mode, and with
-    rank 0's batch statistics, which are those that a checkpoint holds."""
+    """A network's figures on pairs, on every rank; each takes its share. -> result of `summary`. The model is left in
+    eval mode, and with rank 0's batch statistics, which are those that a checkpoint holds.
+    """
     runtime.follow_main(model, run)
     model.eval()
     scored, mine = [], range(run.rank, len(pairs), run.world)
-    loaded = tqdm(runtime.ahead(lambda i: load(pairs[i], c), mine), "judging", len(mine), disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1)
+    loaded = tqdm(
+        runtime.ahead(lambda i: load(pairs[i], c), mine),
+        "judging",
+        len(mine),
+        disable=not run.main,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=1,
+    )
     for (image, truth), i in zip(loaded, mine):
         scored.append((i, score(predict(model, image, c, run.device), truth, c, pairs[i].name)))
     return summary([s for _, s in sorted(run.gather(scored), key=lambda row: row[0])], [p.name for p in pairs])
@@ -317,106 +420,3 @@ def draw(model, pair, c, device, path):
     """Picture of a pair; -> what was measured, in words."""
     image, truth = load(pair, c)
     return pictures.draw_depth(image, predict(model.eval(), image, c, device), truth, path, pair.name, c.max_depth)
-
-
-# -----------------------------------------------------------------------------
-# python eval.py depth
-
-
-def load_model(path, preset, device):
-    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of; a preset with a last.pt says what other data it
-    is to be judged on. -> model in eval mode, Config, names and sizes of the files it was trained on. Raises BadInput for any other file."""
-    import finetune_depth  # which imports this file
-
-    saved = runtime.read_checkpoint(path)
-    if isinstance(saved, dict) and any(str(k).startswith("decode_head.") for k in saved.get("state_dict", ())):
-        if not preset:
-            raise BadInput(f"{path}: a checkpoint of the toolbox; --preset must say of what: kitti or nyu")
-        c, tensors = finetune_depth.PRESETS[preset][1], saved["state_dict"]
-    else:
-        c, tensors = runtime.config_of(saved, finetune_depth.Config, path, "finetune_depth.py"), saved["model"]
-        if preset:
-            own = {f: getattr(c, f) for f in ("image_encoder", "decoder_width", "image_scale", "max_depth")}
-            c = replace(finetune_depth.PRESETS[preset][1], **own)
-    model = finetune_depth.DepthNet(c)
-    runtime.load_exactly(model, tensors, path)
-    return model.to(device, memory_format=torch.channels_last).eval(), c, set(saved.get("inventory", ()))
-
-
-def bts_names(name):
-    """What others call the prediction for an image of KITTI: DRIVE_FRAME (BTS), DRIVE_image_FRAME_CAMERA (KITTI's benchmark)."""
-    parts = name.split("/")
-    return [f"{parts[-4]}_{parts[-1]}", f"{parts[-4]}_image_{parts[-1]}_{parts[-3]}"] if len(parts) >= 4 else []
-
-
-def depth(
-    source: tyro.conf.Positional[Path],
-    preset: Literal["demo", "kitti", "nyu", "kitti_lidar"] | None = None,
-    data_root: tuple[str, ...] = (),
-    depth_root: str = "",
-    splits: tuple[str, ...] = (),
-    frames: int | None = None,
-    frame_stride: int | None = None,
-    skip_missing: bool = False,
-    save: Path | None = None,
-    drawn: int = 8,
-    device: Literal["auto", "cuda", "cpu"] = "auto",
-):
-    """Depth metrics of a network, or of anybody's predictions: Eigen style, and as KITTI's benchmark has them.
-
-    Args:
-        source: last.pt of finetune_depth.py; a checkpoint of the depth toolbox; or a folder of 16-bit PNGs, one an image, at its size or that
-            of KITTI's crop, metres times 256 (NYU: 1000).
-        preset: Data set, crops and range of depth: of a folder's predictions, or the toolbox's checkpoint. A last.pt has its own; with this it is
-            judged on another data set.
-        data_root: Folders of images; by default the run's, or the preset's.
-        depth_root: Folder of ground truth; by default the run's, or where --data-root is given, the same.
-        splits: Split files, or names in ImageSets/; by default the --eval-splits of the run or the preset.
-        frames: At most so many images, evenly spread; 0 for all; by default the run's --eval-frames.
-        frame_stride: Of raw drives without split files: keep every n-th frame; by default the run's.
-        skip_missing: Leave out pairs that lack a file, instead of stopping at them.
-        save: Folder to write predictions to, as 16-bit PNGs at the images' size, and pictures of some beside their ground truth.
-        drawn: With --save, so many pictures, evenly spread.
-        device: auto is the GPU if there is one.
-    """
-    import finetune_depth
-
-    run = runtime.start_run(device)
-    for flag, value, low in (("frames", frames, 0), ("frame-stride", frame_stride, 1), ("drawn", drawn, 0)):
-        if value is not None and value < low:
-            raise BadInput(f"--{flag} {value}: must be {low} or more")
-    if source.is_dir():
-        if not preset:
-            raise BadInput(f"{source}: a folder of predictions; --preset must say of what: {', '.join(finetune_depth.PRESETS)}")
-        model, c, trained_on = None, finetune_depth.PRESETS[preset][1], set()
-    else:
-        model, c, trained_on = load_model(source, preset, run.device)
-    roots, depth_root = data_root or c.eval_root or c.data_root, depth_root or ("" if data_root else c.depth_root)
-    pairs, notes = data_depth.find_pairs(c.dataset, roots, depth_root, splits or c.eval_splits, frame_stride or c.frame_stride, skip_missing or c.skip_missing)
-    pairs = data.evenly_spread(pairs, (c.eval_frames if frames is None else frames) or len(pairs))
-    seen = len(trained_on & set(data.inventory(pairs)))
-    notes += [f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter"] if seen else []
-    scale = data_depth.SCALE[c.dataset]
-    pictured = set(data.evenly_spread(range(len(pairs)), drawn))
-    paths = [None if model else find_prediction(source, pair.name, bts_names(pair.name)) for pair in pairs]  # missing ones are known at once
-
-    scored = []
-    loaded = tqdm(runtime.ahead(lambda pair: load(pair, c), pairs), total=len(pairs), dynamic_ncols=True, mininterval=1)
-    for i, ((image, truth), pair) in enumerate(zip(loaded, pairs)):
-        if model:
-            prediction, name = predict(model, image, c, run.device), pair.name
-        else:
-            prediction, name = match_prediction(read_depth(paths[i], scale), truth.shape, paths[i]), str(paths[i])
-        scored.append(score(prediction, truth, c, name))
-        if save:
-            flat = pair.name.replace("/", "_") + ".png"
-            try:
-                (save / "pictures").mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise BadInput(f"--save {save}: {e.strerror}") from None
-            write_depth(prediction, save / flat, scale)
-            if i in pictured:
-                pictures.draw_depth(image, prediction, truth, save / "pictures" / flat, pair.name, c.max_depth)
-    print("\n".join([*notes, *report(c, {(source.resolve().parent if model else source.resolve()).name: summary(scored, [p.name for p in pairs])})]))
-    if save:
-        print(f"wrote {len(pairs)} predictions and {len(pictured)} pictures into {save}/")

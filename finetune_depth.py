@@ -3,21 +3,24 @@
     torchrun --standalone finetune_depth.py demo --init out/demo/backbone.pt        # built-in scenes, minutes on two CPU cores
     torchrun --standalone finetune_depth.py demo --init none --name scratch         # the same from scratch
 
-KITTI's Eigen split and NYU by the toolbox's recipe, on one GPU or several (same global batch); any sweeps, with no annotation at all:
+KITTI's Eigen split and NYU by the toolbox's recipe, on one GPU or several (same global batch); any sweeps, with no
+annotation at all:
 
     torchrun --standalone finetune_depth.py kitti --init out/kitti/backbone.pt --data-root data/kitti_raw --depth-root data/kitti_depth \\
         --splits kitti_eigen_train.txt --eval-splits kitti_eigen_test.txt
     torchrun --standalone --nproc_per_node=2 finetune_depth.py nyu --init resnet50-imagenet.pth --data-root data/nyu
     torchrun --standalone finetune_depth.py kitti_lidar --init out/kitti/backbone.pt --data-root data/kitti --splits train --eval-splits val
 
-Resume: the same command again. Every flag: `python finetune_depth.py kitti --help`. A run ends with its metrics on held-out frames,
-and writes out/NAME/: log.jsonl, last.pt, curves.png, depth.png. `python eval.py depth out/NAME/last.pt` judges it again, or on other data.
+Resume: the same command again. Every flag: `python finetune_depth.py kitti --help`. A run ends with its metrics on
+held-out frames, and writes out/NAME/: log.jsonl, last.pt, curves.png, depth.png. `python eval.py depth
+out/NAME/last.pt` judges it again, or on other data.
 
-Network and recipe are those of the depth toolbox (zhyever/Monocular-Depth-Estimation-Toolbox, configs/simipu), whose logs of KITTI and
-NYU are the published rows: ResNet-50, the decoder of DenseDepth (Alhashim and Wonka 2018), SigLoss (Eigen et al. 2014, weighted as in
-AdaBins), AdamW in one cycle.
+Network and recipe are those of the depth toolbox (zhyever/Monocular-Depth-Estimation-Toolbox, configs/simipu), whose
+logs of KITTI and NYU are the published rows: ResNet-50, the decoder of DenseDepth (Alhashim and Wonka 2018), SigLoss
+(Eigen et al. 2014, weighted as in AdaBins), AdamW in one cycle.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -30,11 +33,14 @@ from torch import nn
 
 import data
 import data_depth
+import eval_depth
 import pictures
 import runtime
 import simipu
+import synthetic
 import weights
-from data import BadInput
+from files import BadInput
+from loop import Loop, stream
 
 
 @dataclass
@@ -49,7 +55,9 @@ class Config:
     depth_root: str = ""
     """Folder of the ground truth of kitti and nyu. Not given: it lies in data_root."""
     splits: tuple[str, ...] = ("kitti_eigen_train.txt",)
-    """What is trained on: split files for kitti and nyu, here or in data_root; for the others names of files in ImageSets/."""
+    """What is trained on: split files for kitti and nyu, here or in data_root; for the others names of files in
+    ImageSets/.
+    """
     eval_splits: tuple[str, ...] = ("kitti_eigen_test.txt",)
     """What the run ends by judging itself on. () for nothing."""
     eval_root: tuple[str, ...] = ()
@@ -78,9 +86,13 @@ class Config:
     flip: float = 0.5
     """Probability that it is mirrored."""
     crop: tuple[int, int] = (704, 352)
-    """Window of the image that is trained on (width, height), pixels; 0 for the whole edge. Metrics are of whole images."""
+    """Window of the image that is trained on (width, height), pixels; 0 for the whole edge. Metrics are of whole
+    images.
+    """
     image_scale: float = 1.0
-    """Edges of the images that the network sees, over those of the files; its maps are brought back to the files' size before they are scored."""
+    """Edges of the images that the network sees, over those of the files; its maps are brought back to the files' size
+    before they are scored.
+    """
     colour_p: float = 0.5
     """Probability that an image's colours change, by the next three."""
     gamma: tuple[float, float] = (0.9, 1.1)
@@ -93,15 +105,17 @@ class Config:
     init: str = "none"
     """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
     zero_init_residual: bool = True
-    """From scratch, the last batch norm of every residual block starts at 0 (Goyal et al. 2017), as in the toolbox. Short runs learn faster
-    without."""
+    """From scratch, the last batch norm of every residual block starts at 0 (Goyal et al. 2017), as in the toolbox.
+    Short runs learn faster without.
+    """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
     decoder_width: int = 0
-    """Channels of the decoder at its deepest, halved at each of the four levels after it. 0: as many as the encoder has there (2048 for
-    ResNet-50, as in the toolbox)."""
+    """Channels of the decoder at its deepest, halved at each of the four levels after it. 0: as many as the encoder has
+    there (2048 for ResNet-50, as in the toolbox).
+    """
     max_depth: float = 80.0
     """Metres: the most that the network can say, and that is scored."""
     min_depth: float = 1e-3
@@ -110,8 +124,10 @@ class Config:
     batch_size: int = 16
     """Images per step, over all GPUs."""
     group: int = 8
-    """Images per forward pass, over which SigLoss and batch norm take their statistics: 8 on each of two GPUs in the toolbox. If the GPUs
-    together take less than batch_size in a pass, passes are accumulated; a batch_size of less than this for each GPU makes groups smaller."""
+    """Images per forward pass, over which SigLoss and batch norm take their statistics: 8 on each of two GPUs in the
+    toolbox. If the GPUs together take less than batch_size in a pass, passes are accumulated; a batch_size of less than
+    this for each GPU makes groups smaller.
+    """
     epochs: int = 24
     """The rate follows one cycle over all of them, so another number is another run."""
     max_steps: int = 0
@@ -165,10 +181,26 @@ PRESETS = {
 
 BETAS = (0.95, 0.99)  # of AdamW
 LOG_OFFSET, MEAN_WEIGHT = 1e-3, 0.15  # of SigLoss: metres added before logarithms; share of the squared mean
-WARM_UP, START, END = 0.3, 1 / 25, 1 / 2500  # of the cycle: share of the steps that it rises; first and last rate, as shares of the highest
+WARM_UP, START, END = (
+    0.3,
+    1 / 25,
+    1 / 2500,
+)  # of the cycle: share of the steps that it rises; first and last rate, as shares of the highest
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
-FREE = {"data_root", "depth_root", "workers", "resident", "name", "out", "device", "compile", "log_every", "save_every", "init"}
+FREE = {
+    "data_root",
+    "depth_root",
+    "workers",
+    "resident",
+    "name",
+    "out",
+    "device",
+    "compile",
+    "log_every",
+    "save_every",
+    "init",
+}
 FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
@@ -177,7 +209,9 @@ FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 class Conv(nn.Module):
-    """A convolution with bias and no normalisation, and a ReLU after it. Named as mmcv's ConvModule, and initialised like it."""
+    """A convolution with bias and no normalisation, and a ReLU after it. Named as mmcv's ConvModule, and initialised
+    like it.
+    """
 
     def __init__(self, cin, cout, size, relu=True):
         super().__init__()
@@ -203,9 +237,10 @@ class UpSample(nn.Module):
 
 
 class DenseDepth(nn.Module):
-    """The decoder: 1x1 convolution with no ReLU on the deepest map, then once per map before it, halving the channels each time; one channel at
-    the end (toolbox, densedepth_head.py). channels: of the encoder's maps, shallowest first. forward: those maps -> float32 (B, 1, h, w)
-    logits of the first map's size, float32 under autocast too."""
+    """The decoder: 1x1 convolution with no ReLU on the deepest map, then once per map before it, halving the channels
+    each time; one channel at the end (toolbox, densedepth_head.py). channels: of the encoder's maps, shallowest first.
+    forward: those maps -> float32 (B, 1, h, w) logits of the first map's size, float32 under autocast too.
+    """
 
     def __init__(self, channels, width=0):
         super().__init__()
@@ -232,7 +267,9 @@ class DepthNet(nn.Module):
         self.max_depth = c.max_depth
         self.backbone = simipu.build_image_encoder(c.image_encoder)
         if len(self.backbone.map_channels) != 5:
-            raise BadInput(f"--image-encoder {c.image_encoder}: has {len(self.backbone.map_channels)} maps; the decoder wants five, of strides 2 to 32")
+            raise BadInput(
+                f"--image-encoder {c.image_encoder}: has {len(self.backbone.map_channels)} maps; the decoder wants five, of strides 2 to 32"
+            )
         self.decode_head = DenseDepth(self.backbone.map_channels, c.decoder_width)
 
     def depth(self, image):
@@ -242,21 +279,28 @@ class DepthNet(nn.Module):
     def forward(self, batch, report=True):
         """batch of data_depth.augment -> loss, stats."""
         truth = batch["depth"]  # (B, H, W)
-        prediction = F.interpolate(self.depth(batch["image"]), truth.shape[1:], mode="bilinear", align_corners=True)[:, 0]
+        prediction = F.interpolate(self.depth(batch["image"]), truth.shape[1:], mode="bilinear", align_corners=True)[
+            :, 0
+        ]
         loss = sig_loss(prediction, truth)
         if not report:
             return loss, {}
         known = truth > 0
-        abs_rel = ((prediction.detach() - truth).abs() / truth.clamp(min=1e-6))[known].mean() if known.any() else truth.new_zeros(())
+        abs_rel = (
+            ((prediction.detach() - truth).abs() / truth.clamp(min=1e-6))[known].mean()
+            if known.any()
+            else truth.new_zeros(())
+        )
         return loss, {"loss": loss.detach(), "abs_rel": abs_rel, "known": known.float().mean()}
 
 
 def sig_loss(prediction, truth):
-    """The scale-invariant logarithmic loss, over all pixels of the batch that have ground truth (truth > 0), in float32:
-    g = log(p + 1e-3) - log(t + 1e-3), sqrt(var(g) + .15 mean(g)^2), the variance unbiased (toolbox, sigloss.py).
+    """The scale-invariant logarithmic loss, over all pixels of the batch that have ground truth (truth > 0), in
+    float32: g = log(p + 1e-3) - log(t + 1e-3), sqrt(var(g) + .15 mean(g)^2), the variance unbiased (toolbox,
+    sigloss.py).
 
-    prediction, truth: metres, of one shape. 0, with a gradient of zeros, for fewer than two such pixels; at a perfect prediction the root's
-    infinite slope is cut off.
+    prediction, truth: metres, of one shape. 0, with a gradient of zeros, for fewer than two such pixels; at a perfect
+    prediction the root's infinite slope is cut off.
     """
     known = truth > 0
     g = torch.where(known, torch.log(prediction.float() + LOG_OFFSET) - torch.log(truth.float() + LOG_OFFSET), 0.0)
@@ -267,8 +311,9 @@ def sig_loss(prediction, truth):
 
 
 def one_cycle(step, steps):
-    """The rate at a step, as a share of the highest: from 1/25 along a cosine to 1 at 30 % of the steps, and along another to 1/2500
-    (Smith and Topin 2018, with the constants of mmcv's OneCycle and the toolbox's schedule)."""
+    """The rate at a step, as a share of the highest: from 1/25 along a cosine to 1 at 30 % of the steps, and along
+    another to 1/2500 (Smith and Topin 2018, with the constants of mmcv's OneCycle and the toolbox's schedule).
+    """
     top = WARM_UP * steps - 1
     low, high, at = (START, 1.0, step / top) if step < top else (1.0, END, (step - top) / max(steps - 1 - top, 1e-9))
     return high + (low - high) * (1 + math.cos(math.pi * min(at, 1.0))) / 2
@@ -281,9 +326,17 @@ def one_cycle(step, steps):
 def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
-    runtime.check_range(c, "epochs log_every save_every frame_stride lr max_depth min_depth image_scale labels", 1e-30, 1e30, "above 0")
+    runtime.check_range(
+        c, "epochs log_every save_every frame_stride lr max_depth min_depth image_scale labels", 1e-30, 1e30, "above 0"
+    )
     runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e30, "above 0, the smaller first", rising=True)
-    runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames weight_decay clip rotation crop decoder_width", 0, 1e30, "0 or more")
+    runtime.check_range(
+        c,
+        "seed workers max_steps eval_every eval_frames synthetic_frames weight_decay clip rotation crop decoder_width",
+        0,
+        1e30,
+        "0 or more",
+    )
     runtime.check_range(c, "labels rotation_p flip colour_p", 0, 1, "from 0 to 1")
     runtime.check_range(c, "image_scale", 0, 8, "8 or less")
     if c.decoder_width % 16:
@@ -311,21 +364,24 @@ def build_optimizer(model, c):
 
 
 def load_frames(c, run):
-    """-> pairs to train on, pairs held out, a note to print or None. Raises BadInput as data_depth.find_pairs does, and for held-out pairs that
-    are trained on."""
-    simipu.write_scenes(c, run)
-    train, notes = data_depth.find_pairs(c.dataset, c.data_root, c.depth_root, c.splits, c.frame_stride, c.skip_missing)
+    """-> pairs to train on, pairs held out, a note to print or None.
+
+    Raises BadInput as data_depth.find_pairs does, and for held-out pairs that are trained on.
+    """
+    synthetic.write_scenes(c, run)
+    find = functools.partial(data_depth.find_pairs, frame_stride=c.frame_stride, skip_missing=c.skip_missing)
+    train, notes = find(c.dataset, c.data_root, c.depth_root, c.splits)
     held_out = []
     if c.eval_splits or c.eval_root:
-        held_out, more = data_depth.find_pairs(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits, c.frame_stride, c.skip_missing)
-        held_out, notes = data.evenly_spread(held_out, c.eval_frames or len(held_out)), notes + more
+        held_out, more = find(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits)
+        held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
+        notes += more
     data.check_unseen(train, held_out, f"--eval-splits {' '.join(c.eval_splits)}")
-    return data.evenly_spread(train, max(1, round(c.labels * len(train)))), held_out, "\n".join(notes) or None
+    train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
+    return train, held_out, "\n".join(notes) or None
 
 
 def train(c):
-    import eval_depth  # which imports this file
-
     run = runtime.start_run(c.device, c.seed)
     group, accumulate, a_step = check_config(c, run.world)
 
@@ -349,27 +405,54 @@ def train(c):
     start = {"init": "none" if c.init == "none" else runtime.hash_of(model.backbone.state_dict())}
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)} | start
     judgement = (lambda: eval_depth.judge(model, held_out, c, run)) if held_out else None
-    loop = runtime.Loop(c, run, model, [optimizer], identity, [p.name for p in pairs], accumulate, "depth", judgement)
+    loop = Loop(c, run, model, [optimizer], identity, [p.name for p in pairs], "depth", judgement)
     dataset = data_depth.DepthFrames(pairs, c)
     batches = data.Batches(len(pairs), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
-    stream = data_depth.resident(dataset, batches, run.device) if c.resident else runtime.stream(dataset, batches, data.collate, c.workers, run)
+    if c.resident:
+        loaded = data_depth.resident(dataset, batches, run.device)
+    else:
+        loaded = stream(dataset, batches, data.collate, c.workers, run)
 
     def next_batch(step):
-        return data_depth.augment(next(stream), data_depth.SCALE[c.dataset], run.device)
+        """The next forward pass's batch, augmented; None after the last step."""
+        if step < steps:
+            return data_depth.augment(next(loaded), data_depth.SCALE[c.dataset], run.device)
 
     # ============ the loop ============
-    about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
+    batch = next_batch(loop.start)  # before anything is written: a broken data set leaves no trace
+    about = runtime.provenance(run, __file__)
+    about |= {"config": runtime.as_json(c), "data": {"frames": len(pairs), "fingerprint": identity["frames"]}}
+    million = sum(p.numel() for p in loop.owned) / 1e6
+    counts = f"{len(pairs)} pairs, {len(held_out)} held out, {million:.1f} M parameters"
     lines = [
         *notes,
-        f"{c.name}: {len(pairs)} pairs, {len(held_out)} held out, {sum(p.numel() for p in loop.owned) / 1e6:.1f} M parameters, {run.world} x {run.device.type}",
+        f"{c.name}: {counts}, {run.world} x {run.device.type}",
         a_step,
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
     ]
-    loop.begin(steps, next_batch, about, lines)
+    loop.begin(steps, about, lines)
     for step in loop:
-        loop.update(next_batch, one_cycle(step, steps), c.clip)
+        loop.set_rate(one_cycle(step, steps))
+
+        # forward and backward, pass by pass; the next batch is fetched while a GPU still computes
+        for micro in range(accumulate):
+            last = micro == accumulate - 1
+            with loop.sharing(last):
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                    loss, stats = loop.model(batch, loop.reporting and last)
+                (loss / accumulate).backward()
+            loop.watch(loss, batch["index"])
+            batch = loop.waiting(next_batch, step + last)
+
+        if c.clip:
+            stats["grad_norm"] = nn.utils.clip_grad_norm_(loop.owned, c.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loop.stepped()
+
+        # once in a while: write how it goes, save, judge
         if loop.reporting:
-            stats = loop.report(step // steps_per_epoch)
+            stats = loop.report(step // steps_per_epoch, stats)
             loop.bar.set_postfix_str(f"loss {stats['loss']:.3f}, abs_rel {stats['abs_rel']:.3f}")
         if loop.saving:  # first: judging may stop at a broken file
             loop.save(inventory=inventory)
@@ -381,8 +464,6 @@ def train(c):
 
 def finish(model, c, run, pairs, held_out, loop):
     """The nine metrics on held-out frames, and a picture of one of them."""
-    import eval_depth
-
     if run.main:
         folder = loop.folder
         pictures.draw_depth_curves(folder / "log.jsonl", folder / "curves.png")

@@ -1,10 +1,12 @@
-"""What the compiler makes of every Triton kernel, on a laptop as on a GPU: they are compiled for Hopper (sm_90) and not run.
+"""What the compiler makes of every Triton kernel, on a laptop as on a GPU: they are compiled for Hopper (sm_90) and not
+run.
 
     python kernels.py                            # seconds; needs Triton, but no GPU, no driver and no data
 
-After a change to a kernel, before any time on a GPU: does it compile, how many registers does a thread need, does it spill, how many
-warps can a multiprocessor hold. `fused` counts fused multiply-adds in the machine code: they round once where torch rounds twice, and
-the sampling kernels' promise of equal indices everywhere holds only without them. What runs fast is for `bench.py` on a GPU to say.
+After a change to a kernel, before any time on a GPU: does it compile, how many registers does a thread need, does it
+spill, how many warps can a multiprocessor hold. `fused` counts fused multiply-adds in the machine code: they round once
+where torch rounds twice, and the sampling kernels' promise of equal indices everywhere holds only without them. What
+runs fast is for `bench.py` on a GPU to say.
 """
 
 import functools
@@ -48,8 +50,10 @@ class Hopper:
 
 
 def compile_all(o):
-    """-> [(kernel's name, type of activations, its constants, compiled kernel)] of the launches of a pre-training step, forward and backward,
-    in bfloat16 and float32. The operations are called as ever, but on tensors that have no memory."""
+    """-> [(kernel's name, type of activations, its constants, compiled kernel)] of the launches of a pre-training step,
+    forward and backward, in bfloat16 and float32. The operations are called as ever, but on tensors that have no
+    memory.
+    """
     launched, run = [], JITFunction.run
     tensor = functools.partial(torch.empty, device="meta")
 
@@ -74,7 +78,9 @@ def compile_all(o):
 
 
 def machine_code(kernel):
-    """-> a thread's registers, its bytes in memory for want of registers, the kernel's fused multiply-adds: cuobjdump's, from Triton's package."""
+    """-> a thread's registers, its bytes in memory for want of registers, the kernel's fused multiply-adds:
+    cuobjdump's, from Triton's package.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -98,7 +104,8 @@ def report(o):
     for name, activations, constants, kernel in launched:
         registers, stack, fused = machine_code(kernel)
         warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-        # a multiprocessor has 64 K registers, given to warps by the 256; 228 KB of shared memory, 1 KB of each program's lost; 64 warps, 32 programs
+        # a multiprocessor has 64 K registers, given to warps by the 256; 228 KB of shared memory, 1 KB of each
+        # program's lost; 64 warps, 32 programs
         programs = min(65536 // (warps * -(-registers * 32 // 256) * 256), 228 * 1024 // (shared + 1024), 64 // warps, 32)
         blocks = " ".join(str(v) for constant, v in constants.items() if constant.isupper() and not isinstance(v, bool))
         row = {"kernel": name.strip("_"), "type": activations, "blocks": blocks, "warps": warps, "registers": registers, "stack, bytes": stack}

@@ -6,18 +6,21 @@
     bilinear_sample(feature_map, uv)                   (B, C, H, W), (B, N, 2) -> (B, N, C)   differentiable
     gather_max(features, idx)                          (B, N, C), (B, M, k) -> (B, M, C)      differentiable
 
-and, in plain torch, CountedNormReLU: batch norm over rows that stand for several equal ones each.
-
 Every function takes impl="auto" | "triton" | "torch". "auto" is Triton for CUDA tensors and torch for all others; where
-Triton is not installed it is torch everywhere, with one warning. Triton needs no compiler of yours: kernels are built on first use
-(a second or so each) and cached. `TRITON_INTERPRET=1` runs the same kernels, slowly, on the CPU; the tests do.
+Triton is not installed it is torch everywhere, with one warning. Triton needs no compiler of yours: kernels are built
+on first use (a second or so each) and cached. `TRITON_INTERPRET=1` runs the same kernels, slowly, on the CPU; the tests
+do.
 
 What can be relied on:
-- The three sampling operations return the same integers on every path, bit for bit. Distances are float32 differences, squared and
-  added in one fixed order (x, y, z, then channel 0, 1, ...), never |a|^2 + |b|^2 - 2ab, and never with fused multiply-adds.
+- The three sampling operations return the same integers on every path, bit for bit. Distances are float32 differences,
+  squared and
+  added in one fixed order (x, y, z, then channel 0, 1, ...), never |a|^2 + |b|^2 - 2ab, and never with fused
+  multiply-adds.
 - No operation waits for the device, so all of them can run on a side stream ahead of the step.
-- Inputs may be strided in any way, coordinates must be finite; outputs are contiguous. Wrong input is a ValueError of one line.
-- On a CPU the torch path is meant for training, not only for tests: it runs numpy and scipy on the tensors' own memory, and
+- Inputs may be strided in any way, coordinates must be finite; outputs are contiguous. Wrong input is a ValueError of
+  one line.
+- On a CPU the torch path is meant for training, not only for tests: it runs numpy and scipy on the tensors' own memory,
+  and
   spreads clouds over torch.get_num_threads() threads where the work per call is long enough to share.
 """
 import os
@@ -28,7 +31,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
@@ -47,7 +49,8 @@ def jit(kernel):
 
 
 def _launch(kernel, grid, *args, **meta):
-    # A fused multiply-add rounds once where torch rounds twice: enough to flip a tie and, from there, a whole sampling order.
+    # A fused multiply-add rounds once where torch rounds twice: enough to flip a tie and, from there, a whole sampling
+    # order.
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, enable_fp_fusion=False, **meta)
 
@@ -88,7 +91,9 @@ def _check_indexed(name, features, ndim):
 
 
 def _in_threads(function, *batches):
-    """[function(a, b, ...) for each cloud of the batches]. The pool lives for one call only: threads kept would not survive a fork."""
+    """[function(a, b, ...) for each cloud of the batches]. The pool lives for one call only: threads kept would not
+    survive a fork.
+    """
     workers = min(torch.get_num_threads(), len(batches[0]))
     if workers <= 1:
         return [function(*items) for items in zip(*batches)]
@@ -103,8 +108,8 @@ def _in_threads(function, *batches):
 def furthest_point_sample(xyz, m, impl="auto"):
     """Pick m points that cover each cloud: the next point is always the one furthest from those already chosen.
 
-    xyz (B, N, 3) float32, metres; returns (B, m) int64. The first is index 0 (shuffle the cloud for a random start); equal distances go
-    to the lowest index. The m' < m prefix of a result is the result for m'. ValueError if m > N.
+    xyz (B, N, 3) float32, metres; returns (B, m) int64. The first is index 0 (shuffle the cloud for a random start);
+    equal distances go to the lowest index. The m' < m prefix of a result is the result for m'. ValueError if m > N.
     """
     _check_cloud("xyz", xyz)
     _check(1 <= m <= xyz.shape[1], f"cannot pick m = {m} of {xyz.shape[1]} points")
@@ -125,7 +130,8 @@ def furthest_point_sample_torch(xyz, m):
 
 
 def furthest_point_sample_features(xyz, features, m, impl="auto"):
-    """Furthest point sampling on [xyz, features] (3DSSD's F-FPS): squared distances in metres and in feature units simply add up.
+    """Furthest point sampling on [xyz, features] (3DSSD's F-FPS): squared distances in metres and in feature units
+    simply add up.
 
     xyz (B, N, 3) float32, features (B, N, C) of any float type (read as float32); returns (B, m) int64, rules as above.
     """
@@ -169,8 +175,9 @@ def _furthest_dense(points, m):
 def _furthest_numpy(xyz, m):
     """The same for D = 3 on a CPU, in place: about a fifth of _furthest_dense's time.
 
-    A pick is seven numpy calls of a few microseconds. Clouds share them while the working set of 28 bytes a point stays in the
-    level 2 cache; two Python threads that alternate in such short calls mostly wait for each other unless each has several clouds.
+    A pick is seven numpy calls of a few microseconds. Clouds share them while the working set of 28 bytes a point stays
+    in the level 2 cache; two Python threads that alternate in such short calls mostly wait for each other unless each
+    has several clouds.
     """
     def sample(clouds):
         planes = np.ascontiguousarray(clouds.transpose(2, 0, 1))  # (3, b, N)
@@ -197,9 +204,9 @@ def _furthest_numpy(xyz, m):
 def _furthest_pruned(points, m):
     """Many channels on a CPU, one cloud (N, D) -> (m,).
 
-    Squares only add up: a point whose partial sum already exceeds its distance to the chosen set cannot change. Channels are added
-    in blocks, and once few points are left in the race, only those are finished. Same rounding, a fraction of the work when
-    xyz dominates; never much slower than adding everything.
+    Squares only add up: a point whose partial sum already exceeds its distance to the chosen set cannot change.
+    Channels are added in blocks, and once few points are left in the race, only those are finished. Same rounding, a
+    fraction of the work when xyz dominates; never much slower than adding everything.
     """
     N, D = points.shape
     planes = np.ascontiguousarray(points.T)  # (D, N)
@@ -232,7 +239,8 @@ def _furthest_pruned(points, m):
     return picks
 
 
-# One program per cloud; x and the running distance of every point stay in registers, y and z are read again for each pick.
+# One program per cloud; x and the running distance of every point stay in registers, y and z are read again for each
+# pick.
 #
 #   nearest[:] = inf; last = 0
 #   for i in 1 .. m-1:
@@ -240,11 +248,11 @@ def _furthest_pruned(points, m):
 #       last = first index of max(nearest)            "pick"
 #       out[i] = last
 #
-# Per pick: 10 N operations, 8 N bytes from the level 1 cache, two block-wide reductions. At 16384 points two words a point are half
-# of a multiprocessor's registers and all that 8 warps hold without spilling. The picks are a serial chain, so the time does not
-# depend on B up to the number of multiprocessors: give it the clouds of both views in one call.
-# Points sorted into tiles with bounding boxes would let "update" skip tiles that the pick is too far from, and "pick" reduce
-# one maximum per tile: both stay as they are around that change.
+# Per pick: 10 N operations, 8 N bytes from the level 1 cache, two block-wide reductions. At 16384 points two words a
+# point are half of a multiprocessor's registers and all that 8 warps hold without spilling. The picks are a serial
+# chain, so the time does not depend on B up to the number of multiprocessors: give it the clouds of both views in one
+# call. Points sorted into tiles with bounding boxes would let "update" skip tiles that the pick is too far from, and
+# "pick" reduce one maximum per tile: both stay as they are around that change.
 @jit
 def _furthest_kernel(xyz, out, N, m, BLOCK: tl.constexpr):
     cloud = tl.program_id(0).to(tl.int64)
@@ -265,16 +273,16 @@ def _furthest_kernel(xyz, out, N, m, BLOCK: tl.constexpr):
 
 @jit
 def _first_of_max(distance, n, BLOCK: tl.constexpr):
-    # The bits of floats >= 0 order like integers, for which the hardware has a one-instruction warp reduction; -1.0 is negative as
-    # bits too. tl.argmax on floats is dearer.
+    # The bits of floats >= 0 order like integers, for which the hardware has a one-instruction warp reduction; -1.0 is
+    # negative as bits too. tl.argmax on floats is dearer.
     bits = distance.to(tl.int32, bitcast=True)
     return tl.min(tl.where(bits == tl.max(bits, axis=0), n, BLOCK), axis=0)
 
 
-# As above, but D = 3 + C channels do not fit registers: each pick streams the planes (D, N) from the level 2 cache, 4 D N bytes at most.
-# Partial sums only grow, so between blocks of STEP channels the lanes that can no longer change are masked: a dead lane reads
-# nothing, and once eight neighbours are dead their 32-byte sector is not fetched. (Masking per channel would make each load wait
-# for the previous one.) 4096 x 131, 1024 picks: 2.2 GB per cloud at most.
+# As above, but D = 3 + C channels do not fit registers: each pick streams the planes (D, N) from the level 2 cache, 4 D
+# N bytes at most. Partial sums only grow, so between blocks of STEP channels the lanes that can no longer change are
+# masked: a dead lane reads nothing, and once eight neighbours are dead their 32-byte sector is not fetched. (Masking
+# per channel would make each load wait for the previous one.) 4096 x 131, 1024 picks: 2.2 GB per cloud at most.
 #
 #   for i in 1 .. m-1:
 #       d = 0; for c in 0 .. D-1: d += (planes[c] - rows[last, c])^2
@@ -308,8 +316,8 @@ def _furthest_features_kernel(rows, planes, out, N, D, m, BLOCK: tl.constexpr, S
 def ball_query(xyz, centers, radius, k, min_radius=0.0, impl="auto"):
     """The first k points, in index order, of the shell min_radius <= distance < radius around each centre.
 
-    xyz (B, N, 3), centers (B, M, 3) float32, radii in metres; returns (B, M, k) int64. A point at distance exactly 0 always counts.
-    Missing places repeat the first hit; a ball with no hit is all 0.
+    xyz (B, N, 3), centers (B, M, 3) float32, radii in metres; returns (B, M, k) int64. A point at distance exactly 0
+    always counts. Missing places repeat the first hit; a ball with no hit is all 0.
     """
     _check_cloud("xyz", xyz)
     _check(centers.ndim == 3 and centers.shape[::2] == (len(xyz), 3), f"centers are {tuple(centers.shape)}, expected ({len(xyz)}, M, 3)")
@@ -359,7 +367,9 @@ def _ball_dense(xyz, centers, radius, k, min_radius):
 
 
 def _ball_tree(xyz, centers, radius, k, min_radius):
-    """The same on a CPU, one cloud: a k-d tree proposes, float32 distances decide, so the answer is that of brute force."""
+    """The same on a CPU, one cloud: a k-d tree proposes, float32 distances decide, so the answer is that of brute
+    force.
+    """
     N, M = len(xyz), len(centers)
     near, far = np.float32(_squares(min_radius, radius))
     out = np.zeros((M, k), np.int64)
@@ -388,9 +398,9 @@ def _ball_tree(xyz, centers, radius, k, min_radius):
 #       for p in 0 .. N-1: if inside(p) and count < k: out[count++] = p
 #       fill out[count:] with out[0], or 0
 #
-# The rank of a hit is a prefix sum along the tile, so hits land in index order without sorting. 8 B M N operations for the distances and
-# about as many for the sums, 12 B N M / BLOCK_M bytes from the level 2 cache (16384 x 4096: 50 MB per cloud). No early exit: a
-# ball is rarely full before the cloud ends, and a block of centres never.
+# The rank of a hit is a prefix sum along the tile, so hits land in index order without sorting. 8 B M N operations for
+# the distances and about as many for the sums, 12 B N M / BLOCK_M bytes from the level 2 cache (16384 x 4096: 50 MB per
+# cloud). No early exit: a ball is rarely full before the cloud ends, and a block of centres never.
 @jit
 def _ball_kernel(xyz, centers, out, N, M, near, far, k, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     cloud = tl.program_id(1).to(tl.int64)
@@ -428,11 +438,11 @@ def _ball_kernel(xyz, centers, out, N, M, near, far, k, SLOTS: tl.constexpr, BLO
 def bilinear_sample(feature_map, uv, impl="auto"):
     """Read a feature map at N places per image, between cells.
 
-    feature_map (B, C, H, W) of any float type, uv (B, N, 2) float32: (u, v) in cells, (0, 0) the centre of the first. Returns
-    (B, N, C) in the type of the map. Corners outside count as zero, and so does a uv that is not finite, so points behind the
-    camera need no mask. Sums are float32 even for half-precision maps. Gradients go to both inputs; at a whole uv, where the
-    slope jumps, uv gets the slope to the right. channels_last maps are read as they are, and fastest.
-    float64 (for gradcheck) always takes the torch path.
+    feature_map (B, C, H, W) of any float type, uv (B, N, 2) float32: (u, v) in cells, (0, 0) the centre of the first.
+    Returns (B, N, C) in the type of the map. Corners outside count as zero, and so does a uv that is not finite, so
+    points behind the camera need no mask. Sums are float32 even for half-precision maps. Gradients go to both inputs;
+    at a whole uv, where the slope jumps, uv gets the slope to the right. channels_last maps are read as they are, and
+    fastest. float64 (for gradcheck) always takes the torch path.
     """
     _check_indexed("feature_map", feature_map, 4)
     _check(uv.ndim == 3 and uv.shape[::2] == (len(feature_map), 2), f"uv is {tuple(uv.shape)}, expected ({len(feature_map)}, N, 2)")
@@ -491,8 +501,8 @@ class _BilinearSample(torch.autograd.Function):
 #
 #   for each sample, for each of 4 corners: out[:] += weight(corner) * map[corner, :]
 #
-# 8 B N C operations; 4 B N C words read and one written. In channels-last a corner is one contiguous read; in NCHW every word costs
-# a 32-byte sector, which the corner beside it mostly shares.
+# 8 B N C operations; 4 B N C words read and one written. In channels-last a corner is one contiguous read; in NCHW
+# every word costs a 32-byte sector, which the corner beside it mostly shares.
 @jit
 def _bilinear_kernel(feature_map, uv, out, N, C, H, W, stride_b, stride_c, stride_h, stride_w,
                      BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -523,8 +533,9 @@ def _cell(uv, mask, H, W):
     return left.to(tl.int32), top.to(tl.int32), u - left, v - top
 
 
-# Backward: one program per 16 samples walks over all channels, so that the gradient of uv is a sum inside the program and only that
-# of the map, where samples share cells, needs atomics (float32, whatever the map is; their order is not fixed, so neither is the last bit).
+# Backward: one program per 16 samples walks over all channels, so that the gradient of uv is a sum inside the program
+# and only that of the map, where samples share cells, needs atomics (float32, whatever the map is; their order is not
+# fixed, so neither is the last bit).
 #
 #   for each sample, for each of 4 corners:
 #       grad_map[corner, :] += weight(corner) * grad[:]
@@ -564,11 +575,13 @@ def _bilinear_backward_kernel(feature_map, uv, grad, grad_map, grad_uv, N, C, H,
 
 
 def gather_max(features, idx, impl="auto"):
-    """Max-pool groups of points without ever forming the groups: out[b, m, c] = max over j of features[b, idx[b, m, j], c].
+    """Max-pool groups of points without ever forming the groups: out[b, m, c] = max over j of features[b, idx[b, m, j],
+    c].
 
-    features (B, N, C) of any float type, idx (B, M, k) int64 in 0 .. N-1 (checked on a CPU only: on a GPU it would cost a wait); returns
-    (B, M, C) in the type of the features. The gradient goes to the element that won, the first in idx order among equals, and adds
-    up in float32. Saves 4 bytes per output, against k times the features' bytes for the grouped form.
+    features (B, N, C) of any float type, idx (B, M, k) int64 in 0 .. N-1 (checked on a CPU only: on a GPU it would cost
+    a wait); returns (B, M, C) in the type of the features. The gradient goes to the element that won, the first in idx
+    order among equals, and adds up in float32. Saves 4 bytes per output, against k times the features' bytes for the
+    grouped form.
     """
     _check_indexed("features", features, 3)
     _check(idx.ndim == 3 and len(idx) == len(features) and idx.shape[2] > 0,
@@ -606,7 +619,9 @@ class _GatherMax(torch.autograd.Function):
 
 
 def gather_max_torch(features, idx):
-    """(B, N, C), (B, M, k) -> values (B, M, C), and the points they came from, (B, M, C) int32. No autograd by itself."""
+    """(B, N, C), (B, M, k) -> values (B, M, C), and the points they came from, (B, M, C) int32. No autograd by
+    itself.
+    """
     features = features.detach()
     if features.device.type == "cpu":
         wide = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()  # exact, and numpy has no bfloat16
@@ -637,8 +652,10 @@ def _gather_max_dense(features, idx):
 
 
 def _gather_max_numpy(features, idx):
-    """One cloud on a CPU. Groups sorted by how many places they really use lose their padding, 46 to 79 % of all places on KITTI;
-    blocks of them stay in the cache; and four calls per place do 32768 elements each in about 11 us (masked writes take 150)."""
+    """One cloud on a CPU. Groups sorted by how many places they really use lose their padding, 46 to 79 % of all places
+    on KITTI; blocks of them stay in the cache; and four calls per place do 32768 elements each in about 11 us (masked
+    writes take 150).
+    """
     (M, k), (N, C) = idx.shape, features.shape
     _check(M == 0 or 0 <= idx.min() and idx.max() < N, f"idx reaches outside 0 .. {N - 1}")
     used = ((idx != idx[:, :1]) * np.arange(1, k + 1)).max(1).clip(1)  # trailing repeats of the first place change nothing
@@ -665,7 +682,8 @@ def _gather_max_numpy(features, idx):
 #
 #   best = features[idx[0]]; for j in 1 .. k-1: if features[idx[j]] > best: best = ..., source = idx[j]
 #
-# 2 B M k C operations; B M k C words read (from the level 2 cache: each point is in several groups), B M C values and int32 written.
+# 2 B M k C operations; B M k C words read (from the level 2 cache: each point is in several groups), B M C values and
+# int32 written.
 @jit
 def _gather_max_kernel(features, idx, out, source, N, C, M, k, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
@@ -687,7 +705,8 @@ def _gather_max_kernel(features, idx, out, source, N, C, M, k, BLOCK_M: tl.const
     tl.store(source + at, won, mask=mask)
 
 
-# Backward: total[source[m, c], c] += grad[m, c]. B M C atomic additions, whose order, and so the last bit, is not fixed.
+# Backward: total[source[m, c], c] += grad[m, c]. B M C atomic additions, whose order, and so the last bit, is not
+# fixed.
 @jit
 def _gather_max_backward_kernel(grad, source, total, N, C, size, BLOCK: tl.constexpr):
     b = tl.program_id(1).to(tl.int64)
@@ -695,50 +714,3 @@ def _gather_max_backward_kernel(grad, source, total, N, C, size, BLOCK: tl.const
     point = tl.load(source + b * size + e, mask=e < size, other=0).to(tl.int64)
     g = tl.load(grad + b * size + e, mask=e < size, other=0.0).to(tl.float32)
     tl.atomic_add(total + (b * N + point) * C + e % C, g, mask=e < size, sem="relaxed")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batch norm and ReLU, counted
-
-class CountedNormReLU(torch.autograd.Function):
-    """relu(batch_norm(x)) in training, where row n of x (n, C) stands for count[n] equal rows (count None: one each).
-
-    Exactly what batch norm computes on the repeated rows, gradients included, without ever repeating them. The mean and
-    the biased variance, both (C,), and the number of rows are returned for the running statistics; they carry no gradient.
-    With `sync` all ranks share their statistics, as SyncBatchNorm's do.
-    """
-
-    @staticmethod
-    @torch.autocast("cuda", enabled=False)  # else the sums below would be taken in bfloat16
-    @torch.autocast("cpu", enabled=False)
-    def forward(ctx, x, count, weight, bias, eps, sync):
-        x32 = x if x.dtype == torch.float64 else x.float()
-        count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
-        sums = torch.cat([count.sum().view(1), count @ x32])
-        if sync:
-            dist.all_reduce(sums)
-        total, mean = sums[0], sums[1:] / sums[0]
-        var = count @ (x32 - mean).square_()
-        if sync:
-            dist.all_reduce(var)
-        var = var / total
-        rstd = (var + eps).rsqrt()
-        y = torch.addcmul(bias - mean * weight * rstd, x32, weight * rstd).relu_().to(x.dtype)
-        ctx.save_for_backward(x, y, count, weight, mean, rstd, total)
-        ctx.sync = sync
-        ctx.mark_non_differentiable(mean, var, total)
-        return y, mean, var, total
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        x, y, count, weight, mean, rstd, total = ctx.saved_tensors
-        x, dy = x.to(mean.dtype), torch.ops.aten.threshold_backward(dy, y, 0).to(mean.dtype)  # through the ReLU
-        dbias = dy.sum(0)
-        dweight = rstd * ((dy * x).sum(0) - mean * dbias)
-        sums = torch.stack([dbias, dweight])
-        if ctx.sync:
-            dist.all_reduce(sums)
-        # dx = weight rstd (dy - count / total (sum dy + xhat sum dy xhat)), in passes over (n, C) as few as can be
-        slope = sums[1] * rstd / total
-        dx = torch.addcmul(sums[0] / total - mean * slope, x, slope).mul_(count[:, None])
-        return torch.sub(dy, dx, out=dx).mul_(weight * rstd).to(x.dtype), None, dweight, dbias, None, None

@@ -1,4 +1,5 @@
-"""SimIPU (Li et al., AAAI 2022, arXiv 2112.04680): pre-training of an image encoder from camera + LiDAR, with no labels.
+"""SimIPU (Li et al., AAAI 2022, arXiv 2112.04680): pre-training of an image encoder from camera + LiDAR, with no
+labels.
 
 Two views of a LiDAR sweep go through a PointNet++ encoder; Hungarian matching pairs the places it keeps; an intra-modal
 InfoNCE makes point features spatial. The places, projected through the calibration, pick features from the image
@@ -13,18 +14,20 @@ The paper's recipe on KITTI, on one GPU, on eight (same global batch, same negat
     torchrun --standalone simipu.py kitti --data-root data/kitti
     torchrun --standalone --nproc_per_node=8 simipu.py kitti --data-root data/kitti
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 simipu.py kitti --data-root data/kitti \\
-        --batch-size 64                                 # 4 frames on each of 16 GPUs; out/ on a disk that both nodes see
+        --batch-size 64                                 # 4 frames on each of 16 GPUs; out/ on a disk that both nodes
+        see
 
-KITTI raw drives, one or many:      torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
-Resume: the same command again; it goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag: `python simipu.py kitti --help`.
+KITTI raw drives, one or many:      torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw Resume: the
+same command again; it goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag: `python simipu.py kitti
+--help`.
 
-A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torchvision's key names), curves.png, pairs.png.
+A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torchvision's key names), curves.png,
+pairs.png.
 """
 
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -37,11 +40,15 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
+import data_kitti
+import eval_match
 import ops_triton as ops
 import pictures
 import runtime
+import synthetic
 import weights
-from data import BadInput
+from files import BadInput
+from loop import Loop, stream
 
 
 @dataclass
@@ -52,10 +59,13 @@ class Config:
     data_root: tuple[str, ...] = ("data/kitti",)
     """Folder in KITTI's object or raw layout; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
-    """Of the object layout: names of files in ImageSets/. The paper pre-trains on train and test, and keeps val unseen."""
+    """Of the object layout: names of files in ImageSets/. The paper pre-trains on train and test, and keeps val
+    unseen.
+    """
     eval_splits: tuple[str, ...] = ()
-    """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than another
-    frame's? () for none."""
+    """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than
+    another frame's? () for none.
+    """
     eval_root: tuple[str, ...] = ()
     """Folders that eval_splits are looked up in; () for data_root."""
     eval_frames: int = 100
@@ -82,25 +92,35 @@ class Config:
     flip: float = 0.5
     """Probability that the image and view beta are mirrored."""
     pairs: Literal["true", "wrong"] = "true"
-    """wrong: every cloud goes with some other frame's image. A control: what such a run learns is the pixel's position."""
+    """wrong: every cloud goes with some other frame's image. A control: what such a run learns is the pixel's
+    position.
+    """
     image_scale: tuple[int, ...] = (640, 192, 2400, 720)
     """Box (width, height) that images are resized into, keeping their ratio: two numbers for one fixed size, four for a
     range that every step draws its size from."""
     crop: tuple[float, float] = (1.0, 1.0)
-    """A frame's image is cut to a window of U(crop) times its edges, enlarged to the size it had. Above 1: seen from further away.
-    Places outside it leave Eq. 7."""
+    """A frame's image is cut to a window of U(crop) times its edges, enlarged to the size it had. Above 1: seen from
+    further away. Places outside it leave Eq. 7.
+    """
     shift: tuple[float, float] = (0.0, 0.0)
     """The window moves by U(-1, 1) times these shares of the image's width and height."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Strength of the jitter of brightness, contrast, saturation and hue. SimCLR's is .8 .8 .8 .2, MoCo v2's .4 .4 .4 .1."""
+    """Strength of the jitter of brightness, contrast, saturation and hue. SimCLR's is .8 .8 .8 .2, MoCo v2's .4 .4 .4
+    .1.
+    """
     # ---- networks ----
     image_encoder: str = "resnet50"
-    """resnet18, 34, 50, 101, or timm:NAME when timm is installed: its ResNets, RegNets, EfficientNets and all whose output
-    cells are centred on multiples of the stride. Patch stems (ConvNeXt) are half a cell off."""
+    """resnet18, 34, 50, 101, or timm:NAME when timm is installed: its ResNets, RegNets, EfficientNets and all whose
+    output cells are centred on multiples of the stride. Patch stems (ConvNeXt) are half a cell off.
+    """
     places: int = 1024
-    """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as many."""
+    """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as
+    many.
+    """
     use_xyz: bool = False
-    """Group neighbours with their relative position as features (PointNet++), at several times the cost. The release does not."""
+    """Group neighbours with their relative position as features (PointNet++), at several times the cost. The release
+    does not.
+    """
     point_hidden: int = 1024
     """Width of the point projection heads."""
     image_hidden: int = 2048
@@ -119,16 +139,19 @@ class Config:
     detach_keys: bool = False
     """Cut the gradient through the intra loss's keys, as the release does."""
     inter_query: Literal["point", "image"] = "point"
-    """point: Eq. 7. image: the release, with image queries against point keys that are cut after their head, which so stays random."""
+    """point: Eq. 7. image: the release, with image queries against point keys that are cut after their head, which so
+    stays random.
+    """
     gather_negatives: bool = False
     """Take the other ranks' features as further negatives, with their gradients."""
     # ---- optimisation ----
     batch_size: int = 32
     """Frames per step, over all GPUs. Learning rates are meant for this batch and are not rescaled."""
     group: int = 4
-    """Frames per forward pass, from whose pairs the losses take their negatives: part of the method (4 x 1024 candidates in
-    the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated; a batch_size of less than this
-    for each GPU makes groups smaller, and says so."""
+    """Frames per forward pass, from whose pairs the losses take their negatives: part of the method (4 x 1024
+    candidates in the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated; a batch_size
+    of less than this for each GPU makes groups smaller, and says so.
+    """
     epochs: int = 100
     """Paper: 50 to 100."""
     max_steps: int = 0
@@ -147,9 +170,13 @@ class Config:
     out: str = "out"
     """Folder of all runs."""
     init: str | None = None
-    """Weights the image encoder starts from: anybody's, see weights.py. ImageNet's make the paper's double fine-tuning."""
+    """Weights the image encoder starts from: anybody's, see weights.py. ImageNet's make the paper's double
+    fine-tuning.
+    """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
-    """Channel order of that file's pixels, and _mean if they were 0..255 less the mean, undivided. auto: the file says, or rgb."""
+    """Channel order of that file's pixels, and _mean if they were 0..255 less the mean, undivided. auto: the file says,
+    or rgb.
+    """
     init_points: str | None = None
     """Weights the point encoder starts from: a last.pt, an export with points, the release's."""
     seed: int = 0
@@ -230,14 +257,21 @@ def shortcut(cin, cout, stride):
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier. forward: (B, 3, H, W) -> five maps, of strides 2 (after the stem's ReLU), 4, 8, 16, 32.
+    """ResNet without its classifier. forward: (B, 3, H, W) -> five maps, of strides 2 (after the stem's ReLU), 4, 8,
+    16, 32.
 
-    Output cell i of a map of stride s is centred on input pixel s * i: the 7x7, 3x3 and 1x1 convolutions all pad evenly.
+    Output cell i of a map of stride s is centred on input pixel s * i: the 7x7, 3x3 and 1x1 convolutions all pad
+    evenly.
     """
 
     def __init__(self, depth):
         super().__init__()
-        block, layers = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3))}[depth]
+        block, layers = {
+            18: (BasicBlock, (2, 2, 2, 2)),
+            34: (BasicBlock, (3, 4, 6, 3)),
+            50: (Bottleneck, (3, 4, 6, 3)),
+            101: (Bottleneck, (3, 4, 23, 3)),
+        }[depth]
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         cin = 64
@@ -264,7 +298,9 @@ class ResNet(nn.Module):
 
 
 def build_image_encoder(name):
-    """resnetNN, or timm:NAME. The module's `channels` and `stride` describe its last map, `map_channels` all of them. Raises BadInput for other names."""
+    """resnetNN, or timm:NAME. The module's `channels` and `stride` describe its last map, `map_channels` all of them.
+    Raises BadInput for other names.
+    """
     if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
         return ResNet(int(name[6:]))
     if not name.startswith("timm:"):
@@ -293,6 +329,50 @@ MLPS = (
 AGGREGATION = (128, 256, 1024)
 
 
+class CountedNormReLU(torch.autograd.Function):
+    """relu(batch_norm(x)) in training, where row n of x (n, C) stands for count[n] equal rows (count None: one each).
+
+    Exactly what batch norm computes on the repeated rows, gradients included, without ever repeating them. The mean and
+    the biased variance, both (C,), and the number of rows are returned for the running statistics; they carry no
+    gradient. With `sync` all ranks share their statistics, as SyncBatchNorm's do.
+    """
+
+    @staticmethod
+    @torch.autocast("cuda", enabled=False)  # else the sums below would be taken in bfloat16
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx, x, count, weight, bias, eps, sync):
+        x32 = x if x.dtype == torch.float64 else x.float()
+        count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
+        sums = torch.cat([count.sum().view(1), count @ x32])
+        if sync:
+            dist.all_reduce(sums)
+        total, mean = sums[0], sums[1:] / sums[0]
+        var = count @ (x32 - mean).square_()
+        if sync:
+            dist.all_reduce(var)
+        var = var / total
+        rstd = (var + eps).rsqrt()
+        y = torch.addcmul(bias - mean * weight * rstd, x32, weight * rstd).relu_().to(x.dtype)
+        ctx.save_for_backward(x, y, count, weight, mean, rstd, total)
+        ctx.sync = sync
+        ctx.mark_non_differentiable(mean, var, total)
+        return y, mean, var, total
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, y, count, weight, mean, rstd, total = ctx.saved_tensors
+        x, dy = x.to(mean.dtype), torch.ops.aten.threshold_backward(dy, y, 0).to(mean.dtype)  # through the ReLU
+        dbias = dy.sum(0)
+        dweight = rstd * ((dy * x).sum(0) - mean * dbias)
+        sums = torch.stack([dbias, dweight])
+        if ctx.sync:
+            dist.all_reduce(sums)
+        # dx = weight rstd (dy - count / total (sum dy + xhat sum dy xhat)), in passes over (n, C) as few as can be
+        slope = sums[1] * rstd / total
+        dx = torch.addcmul(sums[0] / total - mean * slope, x, slope).mul_(count[:, None])
+        return torch.sub(dy, dx, out=dx).mul_(weight * rstd).to(x.dtype), None, dweight, dbias, None, None
+
+
 class PointLayer(nn.Module):
     """1x1 convolution, batch norm, ReLU over rows (..., cin) -> (..., cout). No bias: batch norm would cancel it.
 
@@ -311,8 +391,10 @@ class PointLayer(nn.Module):
         y = F.linear(x, self.conv.weight.flatten(1))
         bn, rows = self.bn, y.reshape(-1, y.shape[-1])
         if not self.training:
-            return F.relu(F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)).view_as(y)
-        rows, mean, var, total = ops.CountedNormReLU.apply(rows, count, bn.weight, bn.bias, bn.eps, self.sync)
+            return F.relu(F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)).view_as(
+                y
+            )
+        rows, mean, var, total = CountedNormReLU.apply(rows, count, bn.weight, bn.bias, bn.eps, self.sync)
         with torch.no_grad():
             bn.num_batches_tracked += 1
             bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
@@ -321,12 +403,13 @@ class PointLayer(nn.Module):
 
 
 class SetAbstraction(nn.Module):
-    """Multi-scale grouping around given centres: in each of three shells an MLP of the neighbours' features, then a maximum.
+    """Multi-scale grouping around given centres: in each of three shells an MLP of the neighbours' features, then a
+    maximum.
 
-    Without relative positions a neighbour's MLP does not depend on whose neighbour it is. So the MLP runs once per point
-    instead of once per (centre, neighbour), with batch norm counting each point as often as the shells do, and the maximum
-    is gathered: the same function, statistics and gradients, at a twelfth of the multiply-adds and activations
-    (`grouped=False`). `grouped=True` is the textbook form, which relative positions need.
+    Without relative positions a neighbour's MLP does not depend on whose neighbour it is. So the MLP runs once per
+    point instead of once per (centre, neighbour), with batch norm counting each point as often as the shells do, and
+    the maximum is gathered: the same function, statistics and gradients, at a twelfth of the multiply-adds and
+    activations (`grouped=False`). `grouped=True` is the textbook form, which relative positions need.
     """
 
     def __init__(self, cin, radii, neighbours, mlps, use_xyz):
@@ -354,7 +437,9 @@ class SetAbstraction(nn.Module):
                     f = torch.cat([offset.to(f.dtype), f], -1)  # (B, M, k, 3 + C)
                 out.append(mlp(f).max(2).values)
             else:
-                count = torch.zeros(B, N, device=idx.device).scatter_add_(1, idx.flatten(1), torch.ones(1, device=idx.device).expand(B, idx[0].numel()))
+                count = torch.zeros(B, N, device=idx.device).scatter_add_(
+                    1, idx.flatten(1), torch.ones(1, device=idx.device).expand(B, idx[0].numel())
+                )
                 f = features
                 for layer in mlp:
                     f = layer(f, count)  # (B, N, C)
@@ -365,9 +450,10 @@ class SetAbstraction(nn.Module):
 class PointEncoder(nn.Module):
     """(B, N, 4) points (x, y, z, reflectance) -> places (B, P, 3) metres, features (B, P, 1024), with P = `places`.
 
-    Sampling (release's `fps_mods`): SA1 keeps 4P points by D-FPS; SA2 keeps P by F-FPS and P by D-FPS; SA3 keeps P/2 of the
-    F-FPS half and P/2 of all the others. Two of these need no work. A set in FPS order is its own FPS, so SA2's D-FPS takes
-    the first P; and SA3's F-FPS on SA2's first P/2 takes all of them, in an order that nothing downstream sees.
+    Sampling (release's `fps_mods`): SA1 keeps 4P points by D-FPS; SA2 keeps P by F-FPS and P by D-FPS; SA3 keeps P/2 of
+    the F-FPS half and P/2 of all the others. Two of these need no work. A set in FPS order is its own FPS, so SA2's
+    D-FPS takes the first P; and SA3's F-FPS on SA2's first P/2 takes all of them, in an order that nothing downstream
+    sees.
     """
 
     def __init__(self, places, use_xyz=False):
@@ -403,7 +489,9 @@ class ProjectionHead(nn.Module):
     def __init__(self, cin, hidden, cout):
         super().__init__()
         self.layer1 = nn.Sequential(nn.Linear(cin, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
-        self.layer2 = nn.Sequential(nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
+        self.layer2 = nn.Sequential(
+            nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)
+        )
         self.layer3 = nn.Sequential(nn.Linear(hidden, cout, bias=False), nn.BatchNorm1d(cout))
 
     def forward(self, x):
@@ -420,9 +508,9 @@ COINCIDE = 1e-4  # metres: nearer than this two places are one point, seen throu
 def match_places(alpha, beta, method="hungarian"):
     """For each place of alpha its partner in beta: a permutation (P,) int64. alpha, beta (P, 3) float64, in one frame.
 
-    hungarian minimises the sum of distances. Places that coincide are paired first: by the triangle inequality some optimal
-    assignment contains them, and the cubic solver is left with two thirds of the problem. greedy (the paper's ablation):
-    each place in turn takes the nearest one still free.
+    hungarian minimises the sum of distances. Places that coincide are paired first: by the triangle inequality some
+    optimal assignment contains them, and the cubic solver is left with two thirds of the problem. greedy (the paper's
+    ablation): each place in turn takes the nearest one still free.
     """
     cost = cdist(alpha, beta)  # (P, P)
     if method == "greedy":
@@ -444,10 +532,11 @@ def match_places(alpha, beta, method="hungarian"):
 
 
 def match_in_background(alpha, beta, T, visible, method):
-    """Start matching a batch; the returned function waits for it. The host is free to launch the image encoder meanwhile.
+    """Start matching a batch; the returned function waits for it. The host is free to launch the image encoder
+    meanwhile.
 
-    alpha, beta (B, P, 3) places, T (B, 4, 4), visible (B, P) bool, all on the device. The function returns partner (B, P),
-    distance (B, P) in metres of view alpha, visible (n,) flat indices, all on the device.
+    alpha, beta (B, P, 3) places, T (B, 4, 4), visible (B, P) bool, all on the device. The function returns partner (B,
+    P), distance (B, P) in metres of view alpha, visible (n,) flat indices, all on the device.
     """
     device = alpha.device
     host = [t.detach().to("cpu", non_blocking=True) for t in (alpha, beta, T, visible)]
@@ -468,7 +557,10 @@ def match_in_background(alpha, beta, T, visible, method):
     def wait():
         partner, distance = zip(*(job.result() for job in jobs))
         visible = host[3].flatten().nonzero()[:, 0]
-        return tuple(t.to(device, non_blocking=True) for t in (torch.from_numpy(np.stack(partner)), torch.from_numpy(np.stack(distance)), visible))
+        return tuple(
+            t.to(device, non_blocking=True)
+            for t in (torch.from_numpy(np.stack(partner)), torch.from_numpy(np.stack(distance)), visible)
+        )
 
     return wait
 
@@ -480,12 +572,12 @@ def match_in_background(alpha, beta, T, visible, method):
 def info_nce(query, key, temperature, gather=False, report=True):
     """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean.
 
-    -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key (n, D) -> loss, stats.
-    gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
-    stats, {} without `report`: chance, ln(number of candidates), what random features score; top1, the share of queries whose
-    own key is the one best (a tie is no success, so collapsed features score 0); positive, negative, mean cosines; std and rank
-    of the queries, key_std and key_rank of the keys: the dimensions' deviation, 1 when they fill the sphere evenly and 0 when
-    collapsed, and the effective rank.
+    -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key (n, D) -> loss,
+    stats. gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
+    stats, {} without `report`: chance, ln(number of candidates), what random features score; top1, the share of queries
+    whose own key is the one best (a tie is no success, so collapsed features score 0); positive, negative, mean
+    cosines; std and rank of the queries, key_std and key_rank of the keys: the dimensions' deviation, 1 when they fill
+    the sphere evenly and 0 when collapsed, and the effective rank.
     """
     with torch.autocast(query.device.type, enabled=False):
         q, k = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=1) for t in (query, key))
@@ -512,8 +604,9 @@ def info_nce(query, key, temperature, gather=False, report=True):
 
 
 def effective_rank(z):
-    """exp(entropy of the singular values' shares) of z (n, D) (Roy and Vetterli 2007; as RankMe, uncentred): how many dimensions
-    are in use, from 1, collapsed to one direction, to D. NaN for what is not finite."""
+    """exp(entropy of the singular values' shares) of z (n, D) (Roy and Vetterli 2007; as RankMe, uncentred): how many
+    dimensions are in use, from 1, collapsed to one direction, to D. NaN for what is not finite.
+    """
     gram = torch.nan_to_num(z.double().T @ z.double(), 0.0, 0.0, 0.0)  # eigvalsh would raise, and hide who it was
     share = torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_()
     share = share / share.sum()
@@ -525,7 +618,9 @@ def effective_rank(z):
 
 
 class SimIPU(nn.Module):
-    """forward(batch of data.augment) -> total loss, stats (dict of scalars; few without `report`). Parts have the release's names."""
+    """forward(batch of data.augment) -> total loss, stats (dict of scalars; few without `report`). Parts have the
+    release's names.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -542,6 +637,10 @@ class SimIPU(nn.Module):
             if c.inter_query == "image":
                 self.mlp_cross_points.requires_grad_(False)
 
+    def match(self, alpha, beta, T, visible):
+        """match_in_background, as the run's --matching says."""
+        return match_in_background(alpha, beta, T, visible, self.c.matching)
+
     def forward(self, batch, report=True):
         c, B = self.c, len(batch["alpha"])
         loss, stats = torch.zeros((), device=batch["alpha"].device), {}
@@ -553,11 +652,13 @@ class SimIPU(nn.Module):
         height, width = batch["image"].shape[2:]
         visible = data.inside_image(uv, depth, width, height)  # (B, P)
         if c.intra_weight:
-            matched = match_in_background(places[:B], places[B:], batch["T"], visible, c.matching)
+            matched = self.match(places[:B], places[B:], batch["T"], visible)
 
         # the image encoder runs while threads match
         if c.inter_weight:
-            feature_map = self.img_backbone(batch["image"].contiguous(memory_format=torch.channels_last))[-1]  # (B, C, H / 32, W / 32)
+            feature_map = self.img_backbone(batch["image"].contiguous(memory_format=torch.channels_last))[
+                -1
+            ]  # (B, C, H / 32, W / 32)
 
         # Eq. 4: places that T maps onto each other have alike features. One pass of the head for both views.
         if c.intra_weight:
@@ -565,7 +666,9 @@ class SimIPU(nn.Module):
             z = self.mlp_intro_points(features.flatten(0, 1)).view(2, B, -1, c.embed_dim)
             f_alpha, f_beta = z[0], z[1].gather(1, partner[..., None].expand_as(z[1]))
             f_alpha, f_beta = f_alpha.flatten(0, 1), f_beta.flatten(0, 1)  # (B P, 128)
-            intra, s = info_nce(f_alpha, f_beta.detach() if c.detach_keys else f_beta, c.temperature, c.gather_negatives, report)
+            intra, s = info_nce(
+                f_alpha, f_beta.detach() if c.detach_keys else f_beta, c.temperature, c.gather_negatives, report
+            )
             loss = loss + c.intra_weight * intra
             stats |= {"intra": intra.detach(), **{f"intra_{k}": v for k, v in s.items()}, "match_m": distance.mean()}
         else:
@@ -574,20 +677,29 @@ class SimIPU(nn.Module):
         # Eq. 7: a place and its pixel have alike features. The point encoder only teaches: its gradient is cropped.
         if c.inter_weight:
             if len(visible_rows) < 2:
-                raise BadInput(f"{len(visible_rows)} places of a forward pass lie in its images: wrong calibration, or too much of --crop and --shift")
-            f_gamma = ops.bilinear_sample(feature_map, uv / self.img_backbone.stride).flatten(0, 1)[visible_rows]  # (n, C)
+                raise BadInput(
+                    f"{len(visible_rows)} places of a forward pass lie in its images: wrong calibration, or too much of --crop and --shift"
+                )
+            f_gamma = ops.bilinear_sample(feature_map, uv / self.img_backbone.stride).flatten(0, 1)[
+                visible_rows
+            ]  # (n, C)
             f_gamma = self.mlp_cross_img(f_gamma)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
             inter, s = info_nce(query, key, c.temperature, c.gather_negatives, report)
             loss = loss + c.inter_weight * inter
-            stats |= {"inter": inter.detach(), **{f"inter_{k}": v for k, v in s.items()}, "visible": visible.float().mean()}
+            stats |= {
+                "inter": inter.detach(),
+                **{f"inter_{k}": v for k, v in s.items()},
+                "visible": visible.float().mean(),
+            }
         return loss, stats
 
 
 def build_optimizers(model, c):
-    """AdamW for the point encoder; SGD (or AdamW) for the image encoder and the heads. Every parameter that learns is in
-    exactly one of them."""
+    """AdamW for the point encoder; SGD (or AdamW) for the image encoder and the heads. Every parameter that learns is
+    in exactly one of them.
+    """
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     points = [p for name, p in learns.items() if name.startswith("pts_backbone.")]
     others = [p for name, p in learns.items() if not name.startswith("pts_backbone.")]
@@ -605,20 +717,25 @@ def build_optimizers(model, c):
 # training
 
 
-def write_scenes(c, run):
-    """The built-in scenes, where a preset asks for them and they are not there yet."""
-    if c.synthetic_frames and c.data_root and not Path(c.data_root[0]).exists() and run.main:
-        import synthetic
-
-        synthetic.write_dataset(c.data_root[0], frames=c.synthetic_frames)
-    run.any(False)  # a barrier: the other ranks wait for the scenes
+def find_frames(c, roots, splits):
+    return [f for root in roots for f in data_kitti.find_frames(root, splits, c.frame_stride, c.skip_missing)]
 
 
 def load_frames(c, run):
-    """-> the frames of all roots, held-out frames, a note to print."""
-    write_scenes(c, run)
-    frames = [f for root in c.data_root for f in data.find_frames(root, c.splits, c.frame_stride, c.skip_missing)]
-    return frames, *data.find_held_out(c, frames)
+    """-> frames to train on; frames of --eval-splits, none of them trained on; a note to print or None.
+
+    Raises BadInput as find_frames does, for held-out frames that are trained on, and for fewer than two.
+    """
+    synthetic.write_scenes(c, run)
+    frames = find_frames(c, c.data_root, c.splits)
+    if not (c.eval_splits or c.eval_root):
+        return frames, [], None
+    held_out = data.evenly_spread(find_frames(c, c.eval_root or c.data_root, c.eval_splits), c.eval_frames)
+    flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
+    data.check_unseen(frames, held_out, flag)
+    if len(held_out) < 2:
+        raise BadInput(f"{flag}: judging needs two frames or more, for the other frame's image")
+    return frames, held_out, data.shared_drives(frames, held_out, flag)
 
 
 def check_config(c, world):
@@ -626,21 +743,29 @@ def check_config(c, world):
     split = runtime.split_batch(c, world)
     above_0 = "places epochs log_every save_every frame_stride temperature eval_frames image_lr point_lr point_hidden image_hidden embed_dim"
     runtime.check_range(c, above_0, 1e-30, 1e30, "above 0")
-    runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames intra_weight inter_weight", 0, 1e30, "0 or more")
+    runtime.check_range(
+        c, "seed workers max_steps eval_every synthetic_frames intra_weight inter_weight", 0, 1e30, "0 or more"
+    )
     runtime.check_range(c, "shift jitter flip", 0, 1, "from 0 to 1")
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
-    if len(c.image_scale) not in (2, 4) or min(c.image_scale) < 32 or any(a > b for a, b in zip(c.image_scale, c.image_scale[2:])):
-        raise BadInput(f"--image-scale {' '.join(map(str, c.image_scale))}: two numbers (width height) or four (smallest, then largest), from 32 on")
+    if (
+        len(c.image_scale) not in (2, 4)
+        or min(c.image_scale) < 32
+        or any(a > b for a, b in zip(c.image_scale, c.image_scale[2:]))
+    ):
+        raise BadInput(
+            f"--image-scale {' '.join(map(str, c.image_scale))}: two numbers (width height) or four (smallest, then largest), from 32 on"
+        )
     if not c.inter_weight and (c.init or c.compile or not c.intra_weight):
-        raise BadInput(f"--inter-weight 0: there is no image encoder for --init or --compile{', and with --intra-weight 0 nothing to learn' * (not c.intra_weight)}")
+        raise BadInput(
+            f"--inter-weight 0: there is no image encoder for --init or --compile{', and with --intra-weight 0 nothing to learn' * (not c.intra_weight)}"
+        )
     return split
 
 
 def train(c):
-    import eval as evaluate  # which imports this file
-
     run = runtime.start_run(c.device, c.seed)
     group, accumulate, a_step = check_config(c, run.world)
 
@@ -667,16 +792,20 @@ def train(c):
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
     # on every rank: recalibrating batch norm talks to the others
-    judgement = (lambda: evaluate.match(model, held_out, c, run.device)) if held_out else None
-    loop = runtime.Loop(c, run, model, optimizers, identity, [f.name for f in frames], accumulate, "match", judgement)
+    judgement = (lambda: eval_match.match(model, held_out, c, run.device)) if held_out else None
+    loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "match", judgement)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
-    stream = runtime.stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
+    loaded = stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
 
     def next_batch(step):
-        return data.augment(next(stream), data.random_image_scale(c.image_scale, c.seed, step), run.device)
+        """The next forward pass's batch, augmented as in that step; None after the last."""
+        if step < steps:
+            return data.augment(next(loaded), data.random_image_scale(c.image_scale, c.seed, step), run.device)
 
     # ============ the loop ============
-    about = runtime.provenance(run, __file__) | {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
+    batch = next_batch(loop.start)  # before anything is written: a broken data set leaves no trace
+    about = runtime.provenance(run, __file__)
+    about |= {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
     million = sum(p.numel() for p in loop.owned) / 1e6
     lines = [
         *notes,
@@ -684,18 +813,38 @@ def train(c):
         f"{a_step}, {group * c.places} pairs a pass",
         f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
     ]
-    loop.begin(steps, next_batch, about, lines)
+    loop.begin(steps, about, lines)
     for step in loop:
         epoch = step // steps_per_epoch
-        loop.update(next_batch, c.lr_decay**epoch)
+        loop.set_rate(c.lr_decay**epoch)
+
+        # forward and backward, pass by pass; the next batch is fetched while a GPU still computes
+        for micro in range(accumulate):
+            last = micro == accumulate - 1
+            with loop.sharing(last):
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                    loss, stats = loop.model(batch, loop.reporting and last)
+                (loss / accumulate).backward()
+            loop.watch(loss, batch["index"])
+            batch = loop.waiting(next_batch, step + last)
+
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loop.stepped()
 
         # once in a while: write how it goes, save, judge
         if loop.reporting:
-            stats = loop.report(epoch)
-            loop.bar.set_postfix_str(", ".join(f"{k} {stats[k]:.2f} (chance {stats[k + '_chance']:.2f})" for k in ("intra", "inter") if k in stats))
+            stats = loop.report(epoch, stats)
+            losses = [loss for loss in ("intra", "inter") if loss in stats]
+            said = [f"{loss} {stats[loss]:.2f} (chance {stats[loss + '_chance']:.2f})" for loss in losses]
+            loop.bar.set_postfix_str(", ".join(said))
         if loop.saving:
-            if c.inter_weight and run.main:  # first: a run that is finished by its last.pt has its last backbone.pt, too
-                save_backbone(model.img_backbone, c.image_encoder, loop)
+            if (
+                c.inter_weight and run.main
+            ):  # first: a run that is finished by its last.pt has its last backbone.pt, too
+                about = {"step": loop.done, "git": loop.about["git"]}
+                weights.save_backbone(model.img_backbone, c.image_encoder, about, loop.folder / "backbone.pt")
             # for eval.py: what it is not to be judged on
             loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
         if loop.judging:
@@ -704,27 +853,25 @@ def train(c):
         finish(model, c, run, frames, held_out, loop)
 
 
-def save_backbone(encoder, arch, loop):
-    """backbone.pt: the image encoder alone, with torchvision's key names, and what pixels it wants."""
-    pixels = {"mean": data.IMAGENET_MEAN, "std": data.IMAGENET_STD, "channels": "RGB"}
-    state_dict = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
-    runtime.save_atomically({"state_dict": state_dict, "arch": arch, "step": loop.done, "git": loop.about["git"], **pixels}, loop.folder / "backbone.pt")
+def untrained(c, device):
+    """The run's own network at step 0: what a trained one is judged beside."""
+    torch.manual_seed(c.seed)
+    return SimIPU(c).to(device)
 
 
 def finish(model, c, run, frames, held_out, loop):
     """Pictures and, on held-out frames, the one number that tells learning from guessing by position."""
-    import eval as evaluate
-
     folder = loop.folder
     if run.main:
         pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
-        view = data.view(data.PretrainFrames(frames, c), [(0, 0)], evaluate.image_box(c), run.device)
+        box = eval_match.image_box(c, frames[0].rig)
+        view = data.view(data.PretrainFrames(frames, c), [(0, 0)], box, run.device)
         pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out:
-        rows = {"random": evaluate.match_random(c, held_out, run.device), "trained": loop.judged}
+        random = eval_match.match(untrained(c, run.device), held_out, c, run.device)
         if run.main:
-            print("\n" + "\n".join(evaluate.match_table(rows)))
+            print("\n" + "\n".join(eval_match.match_table({"random": random, "trained": loop.judged})))
 
 
 def main():

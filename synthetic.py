@@ -12,9 +12,9 @@ writes KITTI's object layout, which every KITTI reader takes as it is:
                   depth_2/000000.png    16 bit: depth in camera 2, metres * 256; 0 where there is none within 80 m
     root/ImageSets/{train,val,trainval}.txt
 
-A frame takes 0.8 s on one core and 1.5 MB of disk (320 x 96: 0.25 s, 0.6 MB). Each is a street of its own and a function
-of (seed, frame number) alone: how many there are and how many workers make them changes no byte (another type of CPU may
-round differently). The folder gets its name once all of it is written; one that exists already is an error.
+A frame takes 0.8 s on one core and 1.5 MB of disk (320 x 96: 0.25 s, 0.6 MB). Each is a street of its own and a
+function of (seed, frame number) alone: how many there are and how many workers make them changes no byte (another type
+of CPU may round differently). The folder gets its name once all of it is written; one that exists already is an error.
 
 How: a scene is a list of convex primitives (tapered boxes, ellipsoids, cylinders). `cast` finds the nearest one along
 each ray of a sensor; a camera, a LiDAR and the sun are each just a grid of rays. All see one geometry, and rays follow
@@ -39,6 +39,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import runtime
+
 MAX_RANGE = 80.0  # metres: LiDAR and depth end here, as in KITTI
 KERB = 0.12  # metres, height of the pavement
 HULL, BALL, ROD = range(3)  # unit shapes within [-1, 1]^3: a tapered cube, a sphere, a cylinder along z
@@ -62,7 +64,9 @@ def rotation(yaw=0.0, pitch=0.0, roll=0.0):
 
 
 def dot(a, b):
-    """Along the first axis, of length 3. Not BLAS: its threads would make the last bit depend on the machine's cores."""
+    """Along the first axis, of length 3. Not BLAS: its threads would make the last bit depend on the machine's
+    cores.
+    """
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
@@ -128,8 +132,9 @@ def rod(a, b, radius, material, colour):
 
 
 def freeze(parts, plan, rng):
-    """A scene: arrays over P primitives. A world point p is q = M (p - centre) in unit coordinates, and inside a hull where
-    planes[:, :3] @ q <= planes[:, 3] (faces +x, -x, +y, -y, +z, -z)."""
+    """A scene: arrays over P primitives. A world point p is q = M (p - centre) in unit coordinates, and inside a hull
+    where planes[:, :3] @ q <= planes[:, 3] (faces +x, -x, +y, -y, +z, -z).
+    """
     s = SimpleNamespace(plan=plan, **{k: np.array([getattr(p, k) for p in parts]) for k in ("kind", "centre", "half", "R")})
     s.material = np.array([MATERIAL_ID[p.material] for p in parts])
     s.porous = np.isin(s.material, [MATERIAL_ID["leaves"], MATERIAL_ID["spokes"]])
@@ -201,7 +206,9 @@ def cast(rays, scene, members=None):
 
 
 def bounds(row, column, shape):
-    """[top, bottom, left, right] of the rays that projected box edges (P, 12, 2) cover, for each of P; nan is skipped."""
+    """[top, bottom, left, right] of the rays that projected box edges (P, 12, 2) cover, for each of P; nan is
+    skipped.
+    """
     ends = []
     for x, size in zip((row, column), shape):
         low, high = np.fmin.reduce(x, (1, 2), initial=size), np.fmax.reduce(x, (1, 2), initial=-1)
@@ -210,7 +217,9 @@ def bounds(row, column, shape):
 
 
 def in_front(edges, R, origin, forward, near=0.1):
-    """Edges (P, 3, E, 2) in the frame R x + origin, cut `near` metres ahead along axis `forward`; nan where wholly behind."""
+    """Edges (P, 3, E, 2) in the frame R x + origin, cut `near` metres ahead along axis `forward`; nan where wholly
+    behind.
+    """
     edges = np.einsum("ij,pjkl->pikl", R, edges) + origin[:, None, None]
     a, b = edges[..., 0], edges[..., 1]
     za, zb = a[:, [forward]], b[:, [forward]]  # (P, 1, E)
@@ -232,7 +241,9 @@ def camera_rays(K, R, origin, width, height):
 
 
 def lidar_rays(elevation, azimuth, R, origin):
-    """One ray per beam (down) and azimuth (leftwards, within +-80 degrees); t is the range. World to sensor: R x + origin."""
+    """One ray per beam (down) and azimuth (leftwards, within +-80 degrees); t is the range. World to sensor: R x +
+    origin.
+    """
     e, a = np.meshgrid(elevation, azimuth, indexing="ij")
     local = np.stack([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
     def windows(edges):
@@ -244,8 +255,10 @@ def lidar_rays(elevation, azimuth, R, origin):
 
 
 def sun_rays(sun, x, y):
-    """A shadow map: one ray per node of a grid on the ground, from far above along -sun. Near nodes stand closer: `x` is
-    any rising sequence, `y` an even one. `node(p)` is where the ray through p stands on the grid, and p's t on it."""
+    """A shadow map: one ray per node of a grid on the ground, from far above along -sun. Near nodes stand closer: `x`
+    is any rising sequence, `y` an even one. `node(p)` is where the ray through p stands on the grid, and p's t on
+    it.
+    """
     ground, top = np.stack([*np.meshgrid(x, y, indexing="ij"), np.zeros((len(x), len(y)))]), 200.0
     def node(p):
         row = np.interp(p[0] - sun[0] / sun[2] * p[2], x, np.arange(len(x)), left=-1, right=len(x))
@@ -507,8 +520,9 @@ def road(plan, x, y, along, aside):
 
 
 def surface(scene, h, pixel):
-    """Albedo (3, N), LiDAR reflectance (N,) in [0, 1], share of mirror reflection (N,). pixel: a ray's width in radians.
-    One texture for both senses: a marking is bright to either, a window dark to both."""
+    """Albedo (3, N), LiDAR reflectance (N,) in [0, 1], share of mirror reflection (N,). pixel: a ray's width in
+    radians. One texture for both senses: a marking is bright to either, a window dark to both.
+    """
     plan, prim, q, faces = scene.plan, h.prim, h.q * h.half, h.face  # q in metres
     material, albedo, gloss = scene.material[prim], scene.colour.T[:, prim].copy(), np.zeros(len(prim), "f4")
     infrared = np.array([m[0] for m in MATERIALS.values()], "f4")[material]
@@ -793,8 +807,13 @@ def write_dataset(root: str = "data/synthetic", frames: int = 80, seed: int = 0,
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-if __name__ == "__main__":
-    import runtime
+def write_scenes(c, run):
+    """The built-in scenes, where a training script's preset asks for them and they are not there yet. c: its Config."""
+    if c.synthetic_frames and c.data_root and not Path(c.data_root[0]).exists() and run.main:
+        write_dataset(c.data_root[0], frames=c.synthetic_frames)
+    run.any(False)  # a barrier: the other ranks wait for the scenes
 
+
+if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill cleans up as well
     runtime.command_line(lambda: runtime.tyro.cli(runtime.later(write_dataset)))

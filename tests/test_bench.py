@@ -6,12 +6,12 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from conftest import needs_gpu, needs_triton
 
 import bench as benchmark
 import data
 import ops_triton as ops
 import simipu
-from conftest import needs_gpu, needs_triton
 
 SMALL = ["--samples", 2, "--repeats", 2, "--threads", 1, "--num-points", 1024, "--places", 32, "--image-encoder", "resnet18", "--image-scale", 160, 64]
 PEERS = {

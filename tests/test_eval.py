@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_loop import SMALL
 
 import ablate
 import data
+import data_kitti
 import eval as evaluate
+import eval_match
 import simipu
-from test_loop import SMALL
 
 TINY = replace(simipu.PRESETS["demo"][1], places=32, num_points=512, image_scale=(160, 64), point_hidden=16, image_hidden=16, embed_dim=16)
 
@@ -41,7 +43,7 @@ def test_ranks_by_hand():
     """Unit vectors at angles, query at 0: a key's cosine falls with its angle."""
     at = lambda *degrees: torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
     query, key = at(0, 0, 0, 0), 3 * at(10, 50, 30, 30)
-    beaten_by, best, excess = evaluate.ranks(query, key, 0.5)
+    beaten_by, best, excess = eval_match.ranks(query, key, 0.5)
     np.testing.assert_allclose(beaten_by, [0, 100, 50, 50], atol=1e-4)  # equals share a rank: 30 degrees is beaten by 10, and half by its equal
     assert best.tolist() == [1, 0, 0, 0]
     logits = torch.cos(torch.deg2rad(torch.tensor([10.0, 50, 30, 30]))) / 0.5
@@ -85,10 +87,10 @@ class Seer(torch.nn.Module):
 def test_only_what_is_seen_in_the_image_makes_a_gap(scenes, monkeypatch, sees):
     """A network that knows nothing but position matches well in the right image, and as well in the wrong one. One that sees which
     image it is matches in the right one alone."""
-    frames = data.find_frames(scenes, ["trainval"])
+    frames = data_kitti.find_frames(scenes, ["trainval"])
     c = replace(TINY, intra_weight=0.0)
     seer = Seer(c, sees)
-    real = evaluate.Unseen.batch
+    real = eval_match.Unseen.batch
 
     def batch(self, indices):
         out = real(self, indices)
@@ -97,9 +99,9 @@ def test_only_what_is_seen_in_the_image_makes_a_gap(scenes, monkeypatch, sees):
             seer.clouds[tuple(out["alpha"][k, 0].tolist())] = out["lidar2img"][k : k + 1], i
         return out
 
-    monkeypatch.setattr(evaluate.Unseen, "batch", batch)
-    monkeypatch.setattr(evaluate, "recalibrated", lambda model, inputs, *a: (list(inputs), model)[1])
-    found = evaluate.match(seer, frames, c, "cpu")
+    monkeypatch.setattr(eval_match.Unseen, "batch", batch)
+    monkeypatch.setattr(eval_match, "recalibrated", lambda model, inputs, *a: (list(inputs), model)[1])
+    found = eval_match.match(seer, frames, c, "cpu")
     assert found["right_rank"] < 2 and found["right_excess"] < -0.3 and found["frames"] == len(frames)
     if sees:
         assert found["wrong_rank"] > 15 and found["gap"] > 15 and found["gap_interval"][0] > 5
@@ -109,15 +111,15 @@ def test_only_what_is_seen_in_the_image_makes_a_gap(scenes, monkeypatch, sees):
 
 def test_matching_of_a_random_network_is_chance_and_always_the_same(scenes):
     torch.manual_seed(0)
-    model, frames = simipu.SimIPU(TINY), data.find_frames(scenes, ["trainval"])
+    model, frames = simipu.SimIPU(TINY), data_kitti.find_frames(scenes, ["trainval"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = evaluate.match(model, frames, TINY, "cpu")
-    assert found == evaluate.match(model, frames, TINY, "cpu")
+    found = eval_match.match(model, frames, TINY, "cpu")
+    assert found == eval_match.match(model, frames, TINY, "cpu")
     assert 30 < found["right_rank"] < 70 and abs(found["gap"]) < 20 and found["gap_interval"][0] <= found["gap"] <= found["gap_interval"][1]
     assert found["intra_rank"] < 35  # reflectance alone tells something across views
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training  # judged on a copy
     torch.manual_seed(0)
-    assert "right_rank" not in evaluate.match(simipu.SimIPU(replace(TINY, inter_weight=0.0)), frames[:3], TINY_INTRA, "cpu")
+    assert "right_rank" not in eval_match.match(simipu.SimIPU(replace(TINY, inter_weight=0.0)), frames[:3], TINY_INTRA, "cpu")
 
 
 TINY_INTRA = replace(TINY, inter_weight=0.0)
@@ -130,7 +132,7 @@ def test_match_command(run_script, run_here, runs, scenes, tmp_path):
     lines = done.stdout.splitlines()
     assert "matching on 2 frames" in lines[0] and [line.split()[0] for line in lines[2:]] == ["random", "wrong", "true"]
     model, c, _ = evaluate.load_run(true)
-    expected = evaluate.match(model, data.find_frames(scenes, ["val"]), c, "cpu")
+    expected = eval_match.match(model, data_kitti.find_frames(scenes, ["val"]), c, "cpu")
     assert f"{expected['right_rank']:.1f} %" in lines[-1] and f"{expected['wrong_rank']:.1f} %" in lines[-1]
     status, out, _ = run_here(evaluate, "match", true, "--splits", "trainval")
     assert status == 0 and "note: true was trained on 6 of these 8 frames: its figures will flatter" in out
@@ -181,7 +183,7 @@ def test_commands_that_cannot_work(run_here, runs, arguments, says):
 
 def test_positions():
     uv = torch.tensor([[-0.5, -0.5], [159.5, 63.5], [79.5, 31.5]])
-    p = evaluate.positions(uv, 160, 64)
+    p = eval_match.positions(uv, 160, 64)
     assert p.shape == (3, 21) and p[:, 0].tolist() == [1, 1, 1] and p[2, 1:].abs().max() < 1e-12  # the middle is (0, 0)
     assert p[1].tolist() == [1] * 21 and sorted(set(p[0].tolist())) == [-1, 1]
 
@@ -194,7 +196,7 @@ def test_ridge_equals_the_textbook():
     X[:, -1] = 5.0  # a feature that never changes
     y = X @ torch.randn(free + C).double() + torch.randn(n)
     Z = torch.cat([X, y[:, None]], 1)
-    w = evaluate.ridge(Z.T @ Z, free, [strength])[strength]
+    w = eval_match.ridge(Z.T @ Z, free, [strength])[strength]
     features = X[:, free:-1]
     S = torch.cat([X[:, :free], (features - features.mean(0)) / features.std(0, correction=0)], 1)
     penalty = torch.diag(torch.tensor([0.0] * free + [math.sqrt(n * strength)] * (C - 1)).double())
@@ -210,13 +212,13 @@ def test_errors_are_of_frames_not_fitted():
     base = [torch.cat([torch.ones(n, 1), torch.randn(n, 2)], 1) for _ in range(frames)]
     truth, offset = [torch.randn(n) for _ in range(frames)], torch.randn(frames) * 2
     target = [(b[:, 1] + t + o).double() for b, t, o in zip(base, truth, offset)]
-    score = lambda extra: float(torch.cat(evaluate.fit_and_score([torch.cat([b, e], 1) for b, e in zip(base, extra)], target, 3)).mean())
+    score = lambda extra: float(torch.cat(eval_match.fit_and_score([torch.cat([b, e], 1) for b, e in zip(base, extra)], target, 3)).mean())
     floor = score([torch.zeros(n, 1)] * frames)
     assert floor == pytest.approx(1 + float(offset.var()), rel=0.3)
     assert score([t[:, None] for t in truth]) < 0.8 * floor
     assert score([torch.eye(frames)[i].expand(n, frames) for i in range(frames)]) > 0.95 * floor
     assert score([torch.randn(n, 100) for _ in range(frames)]) < 1.15 * floor
-    assert len(evaluate.fit_and_score(base, target, 3)) == frames
+    assert len(eval_match.fit_and_score(base, target, 3)) == frames
 
 
 def test_probe_command(run_script, runs, scenes):
@@ -235,8 +237,8 @@ def test_probe_command(run_script, runs, scenes):
 def test_probe_finds_depth_where_it_is(scenes):
     """An encoder that paints log-depth itself, from the frame's own points, explains what position leaves; in another frame's image
     it does not."""
-    frames = data.find_frames(scenes, ["trainval"])
-    unseen = evaluate.Unseen(frames, TINY, "cpu")
+    frames = data_kitti.find_frames(scenes, ["trainval"])
+    unseen = eval_match.Unseen(frames, TINY, "cpu")
     maps = {}
     for i in range(len(frames)):
         batch = unseen.batch([i])
@@ -252,7 +254,7 @@ def test_probe_finds_depth_where_it_is(scenes):
         def forward(self, image):
             return [None] * 3 + [torch.cat([maps.get(key(x), torch.zeros(1, 1, 16, 40)) for x in image]), None]
 
-    rows = evaluate.probe({"painter": Painter()}, frames, TINY, "cpu", points=200, stage=3)
+    rows = eval_match.probe({"painter": Painter()}, frames, TINY, "cpu", points=200, stage=3)
     assert rows["painter"]["all_gain"] > 0.15 and rows["painter"]["all"] > 0.75
     assert rows["painter, wrong image"]["all_gain"] < 0.05 and rows["position"]["all_gain"] == 0
     low, high = rows["painter"]["all_gain_interval"]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import needs_gpu
 
-import data
+import files
 import runtime
 import simipu
-from conftest import needs_gpu
+from files import BadInput
 
 SMALL = ["--places", 32, "--num-points", 1024, "--image-scale", 160, 64, "--point-hidden", 32, "--image-hidden", 32, "--embed-dim", 32]
 SMALL += ["--batch-size", 4, "--log-every", 1]
@@ -100,7 +101,7 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(data.BadInput, match="^2 processes on this machine but 1 GPU: --nproc_per_node=1, or --device cpu$"):
+    with pytest.raises(BadInput, match="^2 processes on this machine but 1 GPU: --nproc_per_node=1, or --device cpu$"):
         runtime.start_run()
 
 
@@ -172,7 +173,7 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_save(run_her
     assert (status, err.splitlines()[-1]) == (1, "error: out/demo/last.pt: not written (No space left on device)")
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
     assert run(3)[0] == 0 and [line["step"] for line in read_log(out)] == [1, 2, 3]  # what it had begun to write is gone
-    with pytest.raises(data.BadInput, match=r"^log\.jsonl: not written \(No space left on device\)$"), data.disk_errors("log.jsonl"), open("/dev/full", "w") as f:
+    with pytest.raises(BadInput, match=r"^log\.jsonl: not written \(No space left on device\)$"), files.disk_errors("log.jsonl"), open("/dev/full", "w") as f:
         f.write("{}")
 
 

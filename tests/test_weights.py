@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from test_loop import MINI
 
-import data
 import eval as evaluate
 import runtime
 import simipu
 import weights
+from files import BadInput
 
 # part of the config that mmcv keeps as text
 CONFIG = "model = dict(type='FCOS')\nimg_norm_cfg = dict(\n    mean=[{}],\n    std=[{}],\n    to_rgb={})\ntrain_pipeline = []"
@@ -182,7 +182,7 @@ def test_the_release(tmp_path):
 
 def test_the_releases_names_around_other_pixels_are_refused(tmp_path):
     _, _, content = release(18, channels="RGB")
-    with pytest.raises(data.BadInput, match="divided by their deviation.*--init-pixels rgb or bgr"):
+    with pytest.raises(BadInput, match="divided by their deviation.*--init-pixels rgb or bgr"):
         load(content, tmp_path / "it.pth")
 
 
@@ -201,7 +201,7 @@ def test_pixels_by_flag(flag, tmp_path):
 
 
 def test_undivided_pixels_are_not_taken_for_divided_ones(tmp_path):
-    with pytest.raises(data.BadInput, match=r"it\.pth: its first layer has seen pixels in 0\.\.255.*--init-pixels bgr_mean or rgb_mean") as e:
+    with pytest.raises(BadInput, match=r"it\.pth: its first layer has seen pixels in 0\.\.255.*--init-pixels bgr_mean or rgb_mean") as e:
         load(named(network(undivided=True)), tmp_path / "it.pth")
     assert "\n" not in str(e.value)
     fresh = simipu.ResNet(18).eval()  # its variances say nothing
@@ -217,13 +217,13 @@ def test_pixels_by_the_config_in_the_file(tmp_path):
     assert "the config in the file says" in summary
     divided = with_config(network(), "123.675, 116.28, 103.53", "58.395, 57.12, 57.375", True)
     assert "converted" not in load(divided, tmp_path / "it.pth")[1] and "converted" not in load(divided, tmp_path / "it.pth", pixels="rgb")[1]
-    with pytest.raises(data.BadInput, match="--init-pixels bgr_mean: .*itself says RGB"):
+    with pytest.raises(BadInput, match="--init-pixels bgr_mean: .*itself says RGB"):
         load(divided, tmp_path / "it.pth", pixels="bgr_mean")
-    with pytest.raises(data.BadInput, match="not ImageNet's mean"):
+    with pytest.raises(BadInput, match="not ImageNet's mean"):
         load(with_config(net, "102.98, 115.95, 122.77", "1.0, 1.0, 1.0", False), tmp_path / "it.pth")
     caffe = with_config(network(50), "103.53, 116.28, 123.675", "1.0, 1.0, 1.0", False)
     caffe["meta"]["config"] += "\nbackbone = dict(style='caffe')"
-    with pytest.raises(data.BadInput, match="Caffe"):
+    with pytest.raises(BadInput, match="Caffe"):
         load(caffe, tmp_path / "it.pth", 50)
     assert "WARNING: a Caffe-style" in load(named(network(50, channels="BGR", undivided=True)), tmp_path / "it.pth", 50, "bgr_mean")[1]
 
@@ -241,7 +241,7 @@ def test_pixels_by_this_repos_own_words(tmp_path):
     encoder, summary = load({"state_dict": named(net), "meta": {"mean": MEAN[::-1], "std": STD[::-1], "channels": "BGR"}}, tmp_path / "it.pth")
     assert_same_function(encoder, net, channels="BGR")
     for broken in ({"mean": (0.5,)}, {"std": "none"}, {"channels": "HSV"}):
-        with pytest.raises(data.BadInput, match="not understood"):
+        with pytest.raises(BadInput, match="not understood"):
             load({**own, **broken}, tmp_path / "it.pth")
 
 
@@ -258,13 +258,13 @@ def test_what_is_no_such_image_encoder(tmp_path):
         "holds a list": [1, 2],
     }
     for words, content in refused.items():
-        with pytest.raises(data.BadInput, match=words) as e:
+        with pytest.raises(BadInput, match=words) as e:
             load(content, tmp_path / "it.pth")
         assert str(tmp_path / "it.pth") in str(e.value) and "\n" not in str(e.value)
     before = simipu.ResNet(18)
     torch.save(few, tmp_path / "it.pth")
     state = named(before)
-    with pytest.raises(data.BadInput):
+    with pytest.raises(BadInput):
         weights.load_image_encoder(before, tmp_path / "it.pth")
     assert all(v.equal(before.state_dict()[k]) for k, v in state.items())
 
@@ -306,10 +306,10 @@ class PointsWithBiases:
 
 def test_points_refuse_what_does_not_fit(tmp_path):
     torch.save({"state_dict": named(simipu.PointEncoder(16, use_xyz=True), "pts_backbone.")}, tmp_path / "xyz.pth")
-    with pytest.raises(data.BadInput, match=r"xyz.pth: .* is \(32, 4, 1, 1\), not \(32, 1, 1, 1\).*--use-xyz"):  # though 90 % of the parameters fit
+    with pytest.raises(BadInput, match=r"xyz.pth: .* is \(32, 4, 1, 1\), not \(32, 1, 1, 1\).*--use-xyz"):  # though 90 % of the parameters fit
         weights.load_point_encoder(simipu.PointEncoder(16), tmp_path / "xyz.pth")
     torch.save(named(network()), tmp_path / "image.pth")
-    with pytest.raises(data.BadInput, match="0% of the parameters"):
+    with pytest.raises(BadInput, match="0% of the parameters"):
         weights.load_point_encoder(simipu.PointEncoder(16), tmp_path / "image.pth")
 
 
@@ -437,7 +437,7 @@ def test_export_refuses(finished, tmp_path):
         (folder / "backbone.pt", "timm", tmp_path / "plain.pth" / "it.pth", "--out .*plain.pth"),
     ]
     for checkpoint, format, to, words in refused:
-        with pytest.raises(data.BadInput, match=words) as e:
+        with pytest.raises(BadInput, match=words) as e:
             weights.export(checkpoint, format=format, out=to)
         assert "\n" not in str(e.value)
     assert not out.parent.exists()

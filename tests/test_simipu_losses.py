@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import data_kitti
 import ops_triton as ops
 import simipu
 from simipu import Config
@@ -26,7 +27,7 @@ def build(c, seed=0):
 
 @pytest.fixture(scope="module")
 def view(scenes):
-    frames = data.PretrainFrames(data.find_frames(scenes), TINY)
+    frames = data.PretrainFrames(data_kitti.find_frames(scenes), TINY)
     return data.augment(data.collate([frames[(0, i)] for i in range(2)]), TINY.image_scale, "cpu")
 
 

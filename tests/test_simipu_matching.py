@@ -7,12 +7,14 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 import data
+import data_kitti
 import ops_triton as ops
 import simipu
 
 
 def rotation(seed):
-    return data.random_view(np.random.default_rng(seed), 90.0, (0.75, 1.25), (0.0, 0.0, 0.0), bool(seed % 2))
+    rng, center = np.random.default_rng(seed), data_kitti.RIG.center
+    return data.random_view(rng, center, 90.0, (0.75, 1.25), (0.0, 0.0, 0.0), bool(seed % 2))
 
 
 def places_of_two_views(frame, places=256, num_points=4096, seed=0):
@@ -50,11 +52,11 @@ def check_optimal(frames):
 
 
 def test_total_cost_is_optimal_on_built_in_scenes(scenes):
-    check_optimal(data.find_frames(scenes))
+    check_optimal(data_kitti.find_frames(scenes))
 
 
 def test_total_cost_is_optimal_on_real_clouds(kitti):
-    check_optimal(data.find_frames(kitti, ("train",))[:8])
+    check_optimal(data_kitti.find_frames(kitti, ("train",))[:8])
 
 
 def test_a_permutation_is_recovered_exactly():
@@ -85,7 +87,7 @@ def test_greedy_takes_the_nearest_free_place_in_turn():
 @pytest.mark.parametrize("method", ["hungarian", "greedy"])
 def test_matching_in_the_background(scenes, method):
     """A batch, through the threads: the same pairs, distances in metres of view alpha whatever the scale of T, visible rows."""
-    triples = [places_of_two_views(f, places=64, num_points=1024, seed=i) for i, f in enumerate(data.find_frames(scenes)[:3])]
+    triples = [places_of_two_views(f, places=64, num_points=1024, seed=i) for i, f in enumerate(data_kitti.find_frames(scenes)[:3])]
     a, b, T = (torch.cat(t) for t in zip(*triples))
     visible = torch.rand(3, 64) < 0.7
     partner, distance, rows = simipu.match_in_background(a, b, T, visible, method)()

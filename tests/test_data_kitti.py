@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from test_loop import MINI, SMALL
 
 import data
+import data_kitti
 import simipu
-from data import BadInput
-from test_loop import MINI, SMALL
+from files import BadInput
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_broken_data_is_one_line(copy, breaker):
     expected = breaker(copy)
     with pytest.raises(BadInput) as error:
         c = simipu.Config(num_points=256)
-        sample = data.collate([data.PretrainFrames(data.find_frames(copy), c)[(0, 0)]])
+        sample = data.collate([data.PretrainFrames(data_kitti.find_frames(copy), c)[(0, 0)]])
         if isinstance(sample, BadInput):
             raise sample
     assert expected in str(error.value) and "\n" not in str(error.value) and str(copy) in str(error.value)
@@ -216,7 +217,7 @@ def test_drives_in_training_and_evaluation_are_named(run_here, copy):
     (copy / "mapping").mkdir()
     (copy / "mapping" / "train_mapping.txt").write_text("".join(f"2011_09_26 2011_09_26_drive_{i // 4:04d}_sync {i:010d}\n" for i in range(8)))
     (copy / "mapping" / "train_rand.txt").write_text(",".join(str(i) for i in (8, 1, 2, 3, 4, 5, 6, 7)))
-    frames = data.find_frames(copy, ["trainval"])
+    frames = data_kitti.find_frames(copy, ["trainval"])
     assert [f.drive[-9:-5] for f in frames] == ["0001", "0000", "0000", "0000", "0000", "0001", "0001", "0001"]
     status, out, _ = run_here(simipu, "demo", "--data-root", copy, *SMALL, "--workers", 0, "--max-steps", 1)
     assert status == 0 and "note: --eval-splits val shares 2 drives with training, 2011_09_26_drive_0000_sync among them" in out
@@ -225,28 +226,28 @@ def test_drives_in_training_and_evaluation_are_named(run_here, copy):
 def test_raw_drives(raw_drive, scenes, tmp_path):
     root = tmp_path / "raw"
     shutil.copytree(raw_drive, root)
-    frames = data.find_frames(root)
+    frames = data_kitti.find_frames(root)
     assert [f.name for f in frames] == [f"2011_09_26_drive_0001_sync/{i:010d}" for i in range(4)]
-    assert [f.name[-1] for f in data.find_frames(root, frame_stride=3)] == ["0", "3"]
+    assert [f.name[-1] for f in data_kitti.find_frames(root, frame_stride=3)] == ["0", "3"]
     drive = frames[0].image.parents[2]
-    assert data.find_frames(drive) == frames  # one drive's folder will do
-    np.testing.assert_allclose(data.read_lidar2img(frames[0].calib), data.read_lidar2img(data.find_frames(scenes)[0].calib))
+    assert data_kitti.find_frames(drive) == frames  # one drive's folder will do
+    np.testing.assert_allclose(frames[0].lidar2img(), data_kitti.find_frames(scenes)[0].lidar2img())
     assert data.load_frame(frames[0], 500, np.random.default_rng(0))["points"].shape == (500, 4)
     frames[2].cloud.unlink()
     with pytest.raises(BadInput, match="4 images but 3 clouds; --skip-missing"):
-        data.find_frames(root)
-    assert [f.name[-1] for f in data.find_frames(root, skip_missing=True)] == ["0", "1", "3"]
+        data_kitti.find_frames(root)
+    assert [f.name[-1] for f in data_kitti.find_frames(root, skip_missing=True)] == ["0", "1", "3"]
     frames[1].image.unlink()
     with pytest.raises(BadInput, match=f"{frames[1].image.name}: missing"):
-        data.find_frames(root)
+        data_kitti.find_frames(root)
     frames[0].calib[1].unlink()
     with pytest.raises(BadInput, match="calib_velo_to_cam.txt: missing"):
-        data.find_frames(root, skip_missing=True)
+        data_kitti.find_frames(root, skip_missing=True)
 
 
 def test_unknown_layout(tmp_path):
     with pytest.raises(BadInput, match="neither KITTI object"):
-        data.find_frames(tmp_path)
+        data_kitti.find_frames(tmp_path)
 
 
 def test_help_lists_every_flag(run_script):

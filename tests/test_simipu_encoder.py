@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import data
+import data_kitti
 import ops_triton as ops
 import simipu
 
@@ -20,7 +21,7 @@ def cloud(B, N, seed=0, spread=6.0):
 
 def real_cloud(root, split, num_points, count):
     rng = np.random.default_rng(0)
-    frames = data.find_frames(root, (split,))[:count]
+    frames = data_kitti.find_frames(root, (split,))[:count]
     return torch.stack([torch.from_numpy(data.load_frame(f, num_points, rng)["points"]) for f in frames])
 
 
@@ -92,7 +93,7 @@ def test_counted_norm_equals_batch_norm_of_repeated_rows():
     x = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
     count = torch.randint(0, 5, (30,))
     weight, bias = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64, requires_grad=True)
-    apply = lambda x, w, b: ops.CountedNormReLU.apply(x, count, w, b, 1e-3, False)[0]
+    apply = lambda x, w, b: simipu.CountedNormReLU.apply(x, count, w, b, 1e-3, False)[0]
     repeated = lambda x, w, b: torch.relu(nn.functional.batch_norm(x.repeat_interleave(count, 0), None, None, w, b, True, eps=1e-3))
     torch.testing.assert_close(apply(x, weight, bias).repeat_interleave(count, 0), repeated(x, weight, bias))
     # a gathered maximum sends each row one gradient, however often the row was counted: weigh one copy of each
@@ -108,9 +109,9 @@ def test_statistics_stay_in_float32_under_autocast():
     """Half-precision rows, float32 sums: a bfloat16 mean would be wrong in its third digit."""
     torch.manual_seed(0)
     x, count, weight = torch.randn(4000, 3).add(3).bfloat16(), torch.randint(0, 600, (4000,)), torch.ones(3)
-    plain = ops.CountedNormReLU.apply(x.float(), count, weight, 0 * weight, 1e-3, False)
+    plain = simipu.CountedNormReLU.apply(x.float(), count, weight, 0 * weight, 1e-3, False)
     with torch.autocast("cpu", torch.bfloat16):
-        y, mean, var, total = ops.CountedNormReLU.apply(x, count, weight, 0 * weight, 1e-3, False)
+        y, mean, var, total = simipu.CountedNormReLU.apply(x, count, weight, 0 * weight, 1e-3, False)
     assert y.dtype == torch.bfloat16 and mean.dtype == var.dtype == total.dtype == torch.float32
     for ours, wanted in zip((y.float(), mean, var, total), plain):
         torch.testing.assert_close(ours, wanted, rtol=8e-3 if ours is not mean else 1e-6, atol=1e-6)

@@ -6,14 +6,15 @@ import re
 
 import pytest
 import torch
+from conftest import needs_triton
 
 import data
 import data_depth
+import data_kitti
 import finetune_depth
 import ops_triton as ops
 import runtime
 import simipu
-from conftest import needs_triton
 
 
 @needs_triton
@@ -64,7 +65,7 @@ def test_a_pretraining_step_never_reads_the_device(scenes, as_on_a_gpu, monkeypa
         return lambda: (place(B, P), torch.empty(B, P, device="meta"), place(B * P - 5))
 
     c = dataclasses.replace(simipu.PRESETS["kitti"][1], batch_size=2, group=2, crop=(0.5, 1.0), shift=(0.0, 0.25), jitter=(0.4, 0.4, 0.4, 0.1))
-    batch = data.augment(raw_batch(data.PretrainFrames(data.find_frames(scenes), c)), (1242, 375), torch.device("meta"))
+    batch = data.augment(raw_batch(data.PretrainFrames(data_kitti.find_frames(scenes), c)), (1242, 375), torch.device("meta"))
     monkeypatch.setattr(simipu, "match_in_background", match)
     model = simipu.SimIPU(c).to("meta").train()
     loss, stats = model(batch, False)

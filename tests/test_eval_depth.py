@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval_depth as depth
 import pictures
-from data import BadInput
+from files import BadInput
 
 # What the toolbox's own functions say of perturbed(truth, i) on the i-th file of SIMIPU_DEPTH_SAMPLES, mean over the images
 TOOLBOX = {

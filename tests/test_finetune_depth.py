@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_gpu
 from PIL import Image
 
 import data_depth
 import eval as evaluate
 import eval_depth
 import finetune_depth
-import runtime
+import loop
 import simipu
-from conftest import needs_gpu
 from finetune_depth import Config, DenseDepth, DepthNet, one_cycle, sig_loss
 
 SMALL = ["--decoder-width", 64, "--image-scale", 0.25, "--workers", 0, "--log-every", 1, "--batch-size", 2]
@@ -257,7 +257,7 @@ def test_eval_depth_says_the_same(trained, run_here, scenes, tmp_path):
     status, again, err = run_here(evaluate, "depth", tmp_path / "maps", "--preset", "demo", "--data-root", scenes)
     assert status == 0 and "SILog" in again and "without 1 images where a prediction is 0" in again and row(again, "maps") != row(first, "depth_demo"), err
 
-    model, c, trained_on = eval_depth.load_model(out / "last.pt", None, "cpu")
+    model, c, trained_on = evaluate.load_depth_run(out / "last.pt", None, "cpu")
     assert not model.training and c.data_root == (str(scenes),) and c.image_encoder == "resnet18" and c.crop == (704, 352) and len(trained_on) == 6
 
 
@@ -303,7 +303,7 @@ def test_toolbox_checkpoints(trained, run_here, tmp_path, monkeypatch):
 
 def test_the_mirror_image_is_averaged(trained):
     """predict() by its parts, at a size with odd edges: both maps, cut to the range, enlarged, the second mirrored back."""
-    model, c, _ = eval_depth.load_model(trained[0] / "last.pt", None, "cpu")
+    model, c, _ = evaluate.load_depth_run(trained[0] / "last.pt", None, "cpu")
     c = dataclasses.replace(c, image_scale=1.0, min_depth=9.0, max_depth=80.0)
     image = np.random.default_rng(0).integers(0, 256, (33, 71, 3), dtype=np.uint8)
     found = eval_depth.predict(model, image, c, torch.device("cpu"))
@@ -365,7 +365,7 @@ def test_resumes_exactly(run_here, scenes, tmp_path, monkeypatch):
     arguments = ["demo", "--data-root", scenes, *RESUMED]
     status, _, err = run_here(finetune_depth, *arguments, "--name", "whole")
     assert status == 0, err
-    report = runtime.Loop.report
+    report = loop.Loop.report
 
     def until_5(loop, epoch):
         stats = report(loop, epoch)
@@ -374,7 +374,7 @@ def test_resumes_exactly(run_here, scenes, tmp_path, monkeypatch):
         return stats
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Loop, "report", until_5)
+        patch.setattr(loop.Loop, "report", until_5)
         assert run_here(finetune_depth, *arguments)[0] == 137
     out, whole = tmp_path / "out" / "depth_demo", tmp_path / "out" / "whole"
     assert load(out / "last.pt")["step"] == 4 and steps_of(out)[-1]["step"] == 5

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU, needs_triton
 
 import ops_triton as ops
-from conftest import GPU, needs_triton
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if GPU else "cpu"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import data
+import data_kitti
 import simipu
 from simipu import Config
 
@@ -30,9 +31,9 @@ def points_in_box(xyz, velo2rect, size, bottom, yaw, margin=0.1):
 
 
 def velo_to_rect(calib):
-    lines = data._read_calib(calib)
-    r0, tr = data._entry(calib, lines, "R0_rect", (3, 3)), data._entry(calib, lines, "Tr_velo_to_cam", (3, 4))
-    return data._to_4x4(r0) @ data._to_4x4(tr)
+    lines = data_kitti._read_calib(calib)
+    r0, tr = data_kitti._entry(calib, lines, "R0_rect", (3, 3)), data_kitti._entry(calib, lines, "Tr_velo_to_cam", (3, 4))
+    return data_kitti._to_4x4(r0) @ data_kitti._to_4x4(tr)
 
 
 def labelled_points(root, frame):
@@ -49,12 +50,12 @@ def labelled_points(root, frame):
 
 
 def check_boxes(root, splits):
-    frames = data.find_frames(root, splits)[:40]
+    frames = data_kitti.find_frames(root, splits)[:40]
     dataset = data.PretrainFrames(frames, C)
     before, after, flips = [], [], 0
     for i, frame in enumerate(frames):
         points, boxes = labelled_points(root, frame)
-        uv, _ = data.project(points, data.read_lidar2img(frame.calib))
+        uv, _ = data.project(points, frame.lidar2img())
         before.append(((uv >= boxes[:, :2]) & (uv <= boxes[:, 2:])).all(1))
         batch = data.collate([dataset[(0, i)]])
         box = data.random_image_scale(C.image_scale, 0, i)
@@ -86,7 +87,7 @@ def test_labelled_points_project_into_their_boxes_kitti(kitti):
 @pytest.mark.parametrize("translation", [(0.0, 0.0, 0.0), (1.0, 2.0, 0.5)])
 def test_T_maps_view_alpha_onto_view_beta(scenes, translation):
     c = Config(num_points=3000, translation=translation)
-    frames = data.PretrainFrames(data.find_frames(scenes), c)
+    frames = data.PretrainFrames(data_kitti.find_frames(scenes), c)
     batch = data.collate([frames[(epoch, i)] for epoch in range(2) for i in range(len(frames))])
     view = data.augment(batch, (640, 192), "cpu")
     mapped = view["alpha"][..., :3].double() @ view["T"][:, :3, :3].double().mT + view["T"][:, None, :3, 3].double()
@@ -100,13 +101,13 @@ def test_views_are_the_similarities_they_are_said_to_be():
     rng = np.random.default_rng(0)
     angles, scales = [], []
     for flip in (False, True) * 200:
-        T = data.random_view(rng, 90.0, (0.75, 1.25), (0.0, 0.0, 0.0), flip)
+        T = data.random_view(rng, data_kitti.RIG.center, 90.0, (0.75, 1.25), (0.0, 0.0, 0.0), flip)
         scale = np.cbrt(abs(np.linalg.det(T[:3, :3])))
         R = np.diag([1, -1 if flip else 1, 1]) @ T[:3, :3] / scale
         np.testing.assert_allclose(R @ R.T, np.eye(3), atol=1e-12)
         np.testing.assert_allclose(R[2], [0, 0, 1], atol=1e-12)
         assert (np.linalg.det(T[:3, :3]) < 0) == flip
-        center = np.append(data.ROTATION_CENTER, 1)  # does not turn: only scaled, and mirrored
+        center = np.append(data_kitti.RIG.center, 1)  # does not turn: only scaled, and mirrored
         np.testing.assert_allclose((T @ center)[:3], scale * center[:3] * [1, -1 if flip else 1, 1], atol=1e-9)
         angles.append(np.degrees(np.arctan2(R[1, 0], R[0, 0])))
         scales.append(scale)
@@ -155,7 +156,7 @@ def test_pixels_follow_resize_window_flip_and_pad(flip, box, window):
 
 
 def test_warp_without_change_is_the_image_itself(scenes):
-    image = data.read_image(data.find_frames(scenes)[0].image)
+    image = data.read_image(data_kitti.find_frames(scenes)[0].image)
     h, w = image.shape[:2]
     out = data.warp_images(torch.tensor(image).permute(2, 0, 1)[None], torch.tensor([[w, h]]), torch.eye(3)[None], torch.eye(3, 4)[None], (w, h))
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
@@ -193,7 +194,7 @@ def test_colour_jitter():
 
 
 def test_colours_reach_the_image_and_stay_within_0_to_255(scenes):
-    frames = data.find_frames(scenes)
+    frames = data_kitti.find_frames(scenes)
     plain, jittered = (data.PretrainFrames(frames, Config(num_points=256, jitter=j))[(0, 0)] for j in ((0.0,) * 4, (0.8, 0.8, 0.8, 0.2)))
     a, b = (data.augment(data.collate([s]), (320, 96), "cpu")["image"][0] for s in (plain, jittered))
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
@@ -205,7 +206,7 @@ def test_colours_reach_the_image_and_stay_within_0_to_255(scenes):
 
 
 def test_wrong_pairs_never_have_their_own_image(scenes):
-    frames = data.find_frames(scenes, ["trainval"])
+    frames = data_kitti.find_frames(scenes, ["trainval"])
     images = [data.read_image(f.image) for f in frames]
     wrong = data.PretrainFrames(frames, Config(num_points=2048, pairs="wrong"))
     for i in range(len(frames)):
@@ -251,7 +252,7 @@ def test_groups_are_the_same_on_one_process_and_on_four():
 
 
 def test_samples_are_a_pure_function_of_seed_epoch_and_index(scenes):
-    frames = data.find_frames(scenes)
+    frames = data_kitti.find_frames(scenes)
     a, b = (data.PretrainFrames(frames, C)[(2, 1)] for _ in range(2))
     other = data.PretrainFrames(frames, C)[(3, 1)]
     assert np.array_equal(a["points"], b["points"]) and np.array_equal(a["T"], b["T"]) and np.array_equal(a["shuffle"], b["shuffle"])
@@ -264,9 +265,9 @@ def test_kitti_raw_reads_the_same_calibration_as_kitti_object(kitti):
     """The object benchmark's frames of 2011_09_26 and the raw recordings of that day share a camera."""
     if not (kitti / "raw").is_dir():
         pytest.skip("no raw drives beside it")
-    raw = data.find_frames(kitti / "raw", frame_stride=10)
+    raw = data_kitti.find_frames(kitti / "raw", frame_stride=10)
     sample = data.load_frame(raw[0], 2048, np.random.default_rng(0))
     assert sample["points"].shape == (2048, 4) and sample["image"].shape == (375, 1242, 3)
-    same_camera = [f for f in data.find_frames(kitti, ("trainval",))[:40] if data.read_image(f.image).shape == (375, 1242, 3)]
-    errors = [np.abs(data.read_lidar2img(f.calib) - data.read_lidar2img(raw[0].calib)).max() for f in same_camera]
+    same_camera = [f for f in data_kitti.find_frames(kitti, ("trainval",))[:40] if data.read_image(f.image).shape == (375, 1242, 3)]
+    errors = [np.abs(f.lidar2img() - raw[0].lidar2img()).max() for f in same_camera]
     assert min(errors) < 1e-3  # object calib is written with more digits than raw's

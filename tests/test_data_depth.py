@@ -12,8 +12,8 @@ from PIL import Image
 
 import data
 import data_depth
-from data import BadInput
-from data_depth import DepthFrames, Pair, SCALE, find_pairs
+from data_depth import SCALE, DepthFrames, Pair, find_pairs
+from files import BadInput
 from finetune_depth import Config
 
 STILL = dict(rotation_p=0.0, flip=0.0, crop=(0, 0), image_scale=1.0, colour_p=0.0)  # nothing is changed
@@ -449,7 +449,7 @@ def test_layouts(tmp_path, layout):
     touch(tmp_path, image, depth)
     (tmp_path / "split.txt").write_text("\n" + line + "\n")
     pairs, notes = find_pairs(dataset, [str(tmp_path)], str(tmp_path / depth_root) if depth_root else "", ["split.txt"])
-    assert [(p.image, p.depth, p.calib) for p in pairs] == [(tmp_path / image, tmp_path / depth, ())] and notes == []
+    assert [(p.image, p.depth, p.frame) for p in pairs] == [(tmp_path / image, tmp_path / depth, None)] and notes == []
     assert image.removesuffix(Path(image).suffix).endswith(pairs[0].name) and "." not in pairs[0].name
 
 
@@ -539,7 +539,7 @@ def test_unreadable_split_files(tmp_path):
 def test_sweeps_of_every_layout(scenes, raw_drive):
     for root, splits, count in ((scenes, ("val",), 2), (raw_drive, (), 4)):
         pairs, notes = find_pairs("kitti_lidar", [root], splits=splits)
-        assert len(pairs) == count and notes == [] and all(p.depth.suffix == ".bin" and p.calib for p in pairs)
+        assert len(pairs) == count and notes == [] and all(p.depth.suffix == ".bin" and p.frame for p in pairs)
     assert len(find_pairs("kitti_lidar", [raw_drive], frame_stride=2)[0]) == 2
     assert len(find_pairs("kitti_lidar", [scenes, raw_drive], splits=("val",))[0]) == 6
 

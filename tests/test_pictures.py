@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_loop import MINI
 
 import data
+import data_kitti
 import eval as evaluate
+import eval_match
 import ops_triton as ops
 import pictures
-from test_loop import MINI
+from files import BadInput
 
 PICTURES = ["features.png", "pairs.png", "projection.png", "similarity.png"]
 
@@ -39,7 +42,7 @@ def test_four_pictures(run, scenes):
     """By index, into show/FRAME beside the checkpoint; each a picture, with much of it drawn."""
     done = script("eval.py", "show", run / "last.pt", "--data-root", scenes, "--split", "val", "--frame", 1, "--point", 12, -3, -1)
     assert done.returncode == 0, done.stderr
-    name = data.find_frames(scenes, ["val"])[1].name
+    name = data_kitti.find_frames(scenes, ["val"])[1].name
     folder = run / "show" / name
     assert sorted(p.name for p in folder.iterdir()) == PICTURES
     lines = done.stdout.splitlines()
@@ -82,17 +85,17 @@ def test_wrong_arguments_by_subprocess(run, scenes):
 
 
 def test_find_frame():
-    frames = [data.Frame(f"{folder}/{i:06d}", Path(), Path(), ()) for folder, i in (("training", 7), ("training", 3), ("testing", 7))]
+    frames = [data.Frame(f"{folder}/{i:06d}", Path(), Path(), (), data_kitti.RIG) for folder, i in (("training", 7), ("training", 3), ("testing", 7))]
     assert [evaluate.find_frame(frames, w) for w in ("0", "2", "testing/000007", "000003")] == [0, 2, 2, 1]
     for wrong in ("000007", "000000", "3", "-1", "", "training"):  # two of that name; names that are not there
-        with pytest.raises(data.BadInput, match="^--frame " + wrong):
+        with pytest.raises(BadInput, match="^--frame " + wrong):
             evaluate.find_frame(frames, wrong)
 
 
 @pytest.fixture(scope="module")
 def model_and_view(run, scenes):
     model, c, _ = evaluate.load_run(run / "last.pt")
-    return model, evaluate.Unseen(data.find_frames(scenes, ["val"]), c, "cpu").batch([0])
+    return model, eval_match.Unseen(data_kitti.find_frames(scenes, ["val"]), c, "cpu").batch([0])
 
 
 @torch.no_grad()
@@ -155,13 +158,13 @@ def test_choose_place():
     }  # fmt: skip
 
     def choose(**kwargs):
-        return pictures.choose_place(found, 40, 100, **kwargs)[0]
+        return pictures.choose_place(found, 40, 100, data_kitti.RIG.things, **kwargs)[0]
 
     assert choose() == 0  # nearer the middle: one too far, one on the ground, one out of sight
     assert choose(point=(13, -3, 0)) == 1 and choose(pixel=(52, 29)) == 3
-    with pytest.raises(data.BadInput, match="--point"):
+    with pytest.raises(BadInput, match="--point"):
         choose(point=(math.nan, 0, 0))
-    with pytest.raises(data.BadInput, match="100 x 40"):
+    with pytest.raises(BadInput, match="100 x 40"):
         choose(pixel=(100, 0))
 
 
@@ -170,6 +173,6 @@ def test_close_ups_sit_on_depth_edges():
     u, v = (x.flatten().astype(float) for x in np.meshgrid(np.arange(0, 400, 4), np.arange(0, 80, 4)))
     post = (abs(u - 200) < 10) & (v < 40)
     depth = np.where(post, 10.0, np.where(v < 40, 30.0, 30 - 0.6 * (v - 40)))
-    spots = pictures.edges_in_depth(np.stack([u, v], 1), depth, np.where(v < 40, 0.0, -1.0), 400)
+    spots = pictures.edges_in_depth(np.stack([u, v], 1), depth, v < 40, 400)
     assert len(spots) == 1 and abs(spots[0][0] - 200) < 10 and spots[0][1] < 40
-    assert pictures.edges_in_depth(np.stack([u, v], 1), np.full(len(u), 20.0), np.zeros(len(u)), 400) == []
+    assert pictures.edges_in_depth(np.stack([u, v], 1), np.full(len(u), 20.0), np.ones(len(u), bool), 400) == []

@@ -1,4 +1,4 @@
-"""`python data.py check` as a user starts it: a sound data set passes, everything broken is named at once, wrong calibrations are told."""
+"""`python data_check.py` as a user starts it: a sound data set passes, everything broken is named at once, wrong calibrations are told."""
 
 import shutil
 from pathlib import Path
@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from test_data_kitti import fails
 
-import check
 import data
+import data_check
+import data_kitti
 import synthetic
-from test_inputs import fails
+from files import BadInput
 
-ALL = ("check", "--workers", 1, "--data-root")
+ALL = ("--workers", 1, "--data-root")
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def turned(tr, *angles):
 
 
 def test_sound_data(run_script, scenes, tmp_path):
-    done = run_script("data.py", "check", "--data-root", scenes, "--workers", 2, "--out", "picture.png")
+    done = run_script("data_check.py", "--data-root", scenes, "--workers", 2, "--out", "picture.png")
     assert done.returncode == 0, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
     for words in ("splits train 6, val 2, trainval 8", "frames 8, every file read", "image sizes 416 x 128: 8", "points in boxes 100%"):
@@ -56,8 +58,8 @@ def test_sound_data(run_script, scenes, tmp_path):
     lengths = [len(c) for c in clouds]
     assert f"points per cloud {min(lengths):,} {np.median(lengths):,.0f} {max(lengths):,}" in said
     assert f"reflectance {min(c[:, 3].min() for c in clouds):.2f} {max(c[:, 3].max() for c in clouds):.2f}" in said
-    frame, everything = data.find_frames(scenes)[0], SimpleNamespace(choice=lambda n, *_, **__: np.arange(n))
-    assert check.examine((frame, False, False))["in_view"] == len(data.load_frame(frame, 1, everything)["points"])  # what training sees
+    frame, everything = data_kitti.find_frames(scenes)[0], SimpleNamespace(choice=lambda n, *_, **__: np.arange(n))
+    assert data_check.examine((frame, False, False))["in_view"] == len(data.load_frame(frame, 1, everything)["points"])  # what training sees
     assert done.stdout.splitlines()[-1] == "OK: 8 frames; look at picture.png"
     picture = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
     colourful = (picture.max(2) - picture.min(2) > 100).mean()  # images are grey there: what is coloured is points
@@ -83,7 +85,7 @@ def test_everything_broken_is_named_at_once(run_script, copy):
     points.tofile(t / "velodyne" / "000007.bin")
     with open(copy / "ImageSets" / "val.txt", "a") as f:
         f.write("000000\n")
-    lines = broken_lines(run_script("data.py", *ALL, copy))
+    lines = broken_lines(run_script("data_check.py", *ALL, copy))
     expected = {
         f"{t}/image_2/000000.png: missing", f"{t}/velodyne/000000.bin: truncated, 5 bytes", f"{cloud}: truncated", f"{t}/velodyne/000002.bin: 2 of",
         f"{image}: not a readable image", f"{t}/calib/000004.txt: no P2", f"{t}/label_2/000005.txt: line 1 is no label",
@@ -98,7 +100,7 @@ def test_long_lists_are_cut_but_counted(copy, tmp_path, capsys):
     (copy / "ImageSets" / "odd.txt").write_text("900000")
     (copy / "ImageSets" / "test.txt").write_text("000000")
     with pytest.raises(SystemExit, match="1"):
-        check.check((copy,), workers=1, out=tmp_path / "picture.png")
+        data_check.check((copy,), workers=1, out=tmp_path / "picture.png")
     said = capsys.readouterr().out
     assert "broken: 90" in said and said.count(": missing (of frame") == 50 and "and 40 more" in said and "BROKEN: 90 " in said
     assert "odd.txt: left out" in said and "test.txt: left out, there is no testing/ here" in said
@@ -121,27 +123,27 @@ def test_wrong_calibration(run_script, copy, name, capsys):
     change, words = WRONG[name]
     recalibrate(copy, change)
     if name == "yaw 3":
-        lines = broken_lines(run_script("data.py", *ALL, copy))
+        lines = broken_lines(run_script("data_check.py", *ALL, copy))
     else:  # the same without seconds of imports
-        findings = check.Findings()
-        check.check_root(copy, (), 1, 0, False, 1, findings)
+        findings = data_check.Findings()
+        data_check.check_root(copy, (), 1, 0, False, 1, findings)
         lines = list(findings.broken.values())
     assert len(lines) == 1 and "calib: wrong calibration?" in lines[0] and all(word in lines[0] for word in words), lines
 
 
 def test_wrong_calibration_without_labels(copy, capsys):
     shutil.rmtree(copy / "training" / "label_2")
-    findings = check.Findings()
-    check.check_root(copy, (), 1, 0, False, 1, findings)
+    findings = data_check.Findings()
+    data_check.check_root(copy, (), 1, 0, False, 1, findings)
     assert not findings.broken
     recalibrate(copy, lambda p2, tr: (p2, turned(tr, 2)))
-    data.read_lidar2img.cache_clear()
-    check.check_root(copy, (), 1, 0, False, 1, findings)
+    data_kitti.read_object_calib.cache_clear()
+    data_check.check_root(copy, (), 1, 0, False, 1, findings)
     assert "depth edges fit" in str(findings.broken)
 
 
 def test_raw_drives(run_script, raw_drive, scenes, tmp_path, capsys):
-    done = run_script("data.py", *ALL, raw_drive, scenes, "--max-frames", 3)
+    done = run_script("data_check.py", *ALL, raw_drive, scenes, "--max-frames", 3)
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("1: 2011_09_26_drive_0001_sync 3", "4, only 3 of them read (--max-frames)", "3 frames; 8 are needed"):
         assert words in done.stdout
@@ -150,8 +152,8 @@ def test_raw_drives(run_script, raw_drive, scenes, tmp_path, capsys):
     clouds = sorted(root.rglob("*.bin"))
     clouds[1].unlink()
     for skip_missing, broken, notes in ((False, f"{clouds[1]}: missing", ""), (True, "", "--skip-missing: 1 frames left out")):
-        findings = check.Findings()
-        good = check.check_root(root, (), 1, 0, skip_missing, 1, findings)
+        findings = data_check.Findings()
+        good = data_check.check_root(root, (), 1, 0, skip_missing, 1, findings)
         assert len(good) == 3 and len(findings.broken) == bool(broken) and broken in str(findings.broken.values()) and notes in str(findings.notes.values())
 
 
@@ -161,8 +163,8 @@ def test_shared_drives(copy, capsys):
     (copy / "mapping" / "train_rand.txt").write_text(",".join(str(8 - i) for i in range(8)))  # frames 0 and 7 are of drive_0
     for split, ids in (("train", "000000 000001"), ("val", "000007 000002")):
         (copy / "ImageSets" / f"{split}.txt").write_text(ids)
-    findings = check.Findings()
-    check.check_root(copy, ("train", "val"), 1, 0, False, 1, findings)
+    findings = data_check.Findings()
+    data_check.check_root(copy, ("train", "val"), 1, 0, False, 1, findings)
     assert not findings.broken and [line for line in findings.notes.values() if "raw drives of train and val: 1 are in both, drive_0;" in line]
 
 
@@ -171,7 +173,7 @@ def test_shared_drives(copy, capsys):
     (["--data-root", "nowhere"], ["nowhere: no such folder"]),
 ])
 def test_bad_arguments_are_one_line(run_script, tmp_path, arguments, words):
-    fails(run_script("data.py", "check", *arguments), *words)
+    fails(run_script("data_check.py", *arguments), *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -185,13 +187,13 @@ def test_bad_arguments_are_one_line(run_script, tmp_path, arguments, words):
 ])
 def test_arguments_that_cannot_work(scenes, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(data.BadInput, match=words):
-        check.check(**{"data_root": (scenes,), **arguments})
+    with pytest.raises(BadInput, match=words):
+        data_check.check(**{"data_root": (scenes,), **arguments})
     assert not list(tmp_path.iterdir())
 
 
 def test_real_frames(run_script, kitti):
     roots = [kitti, *([kitti / "raw"] if (kitti / "raw").is_dir() else [])]
-    done = run_script("data.py", "check", "--max-frames", 10, "--data-root", *roots)
+    done = run_script("data_check.py", "--max-frames", 10, "--data-root", *roots)
     assert done.returncode == 0 and "broken" not in done.stdout, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("OK: ") and "agree best" in done.stdout
