@@ -58,6 +58,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import data_depth
+import encoders
 import eval as evaluate
 import finetune_depth
 import ops_triton as ops
@@ -553,7 +554,7 @@ def bench_ops(b):
     b.compare("gather, maximum", f"{B} x {M} x {k}, {features.shape[2]} channels", ours, {"gather, max": peer}, norms_differ, 1e-5)
 
     uv, depth = data.project(places[: B // 2], batch["lidar2img"])
-    at = lambda sample: b.trained(lambda f: sample(f, uv / image_encoder.stride), feature_map)
+    at = lambda sample: b.trained(lambda f: sample(f, encoders.cells(image_encoder, uv)), feature_map)
     shape = f"{B // 2} x {P} of {' x '.join(map(str, feature_map.shape[1:]))}"
     b.compare("bilinear sampling", shape, at(ops.bilinear_sample), {"grid_sample": at(grid_sample_per_image)}, norms_differ, 1e-4)
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import data_depth
+import encoders
 import eval_depth
 import eval_match
 import finetune_depth
@@ -182,12 +183,12 @@ def probe_command(
             f"--frames {len(chosen)}: probing needs three frames or more, to fit, to choose the ridge's strength, and to score"
         )
     torch.manual_seed(c.seed)
-    encoders = {next(iter(names)): model.img_backbone, "random": simipu.build_image_encoder(c.image_encoder).to(device)}
+    networks = {next(iter(names)): model.img_backbone, "random": encoders.build_image_encoder(c.image_encoder).to(device)}
     for name, path in list(names.items())[1:]:
-        encoders[name] = simipu.build_image_encoder(c.image_encoder)
-        notes.append(weights.load_image_encoder(encoders[name], path))
-        encoders[name].to(device)
-    rows = eval_match.probe(encoders, chosen, c, device, points, stage)
+        networks[name] = encoders.build_image_encoder(c.image_encoder)
+        notes.append(weights.load_image_encoder(networks[name], path))
+        networks[name].to(device)
+    rows = eval_match.probe(networks, chosen, c, device, points, stage)
     print(
         "\n".join(
             [

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import encoders
 import ops_triton as ops
 
 RECALIBRATE = 32  # frames that batch norm statistics are taken from
@@ -116,7 +117,7 @@ def match(model, frames, c, device):
             seen = data.inside_image(uv, depth, *batch["image"].shape[:1:-1])[0]
             query = model.mlp_cross_points(features[0][seen])
             for which, feature_map in (("right", own), ("wrong", other)):
-                key = model.mlp_cross_img(ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0][seen])
+                key = model.mlp_cross_img(ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0][seen])
                 found[which][i] = ranks(query, key, c.temperature)
         if c.intra_weight:
             partner = model.match(places[:1], places[1:], batch["T"], torch.ones(1, c.places))()[0][0]
@@ -290,8 +291,8 @@ def probe(encoders, frames, c, device, points=512, stage=0):
             image = unseen.batch([(i + offset) % len(frames)])["image"].contiguous(memory_format=torch.channels_last)
             at = stage or (4 if image.shape[2] >= 128 else 3)
             maps = encoder(image)
-            stride = encoder.stride // 2 ** (4 - at)
-            out.append(ops.bilinear_sample(maps[at - 5], pixels[i] / stride)[0].float().cpu())
+            where = encoders.cells(encoder, pixels[i], at - 5)
+            out.append(ops.bilinear_sample(maps[at - 5], where)[0].float().cpu())
         return [torch.cat([b, f], 1) for b, f in zip(base, out)]
 
     columns = {"position": base}

@@ -33,10 +33,10 @@ from torch import nn
 
 import data
 import data_depth
+import encoders
 import eval_depth
 import pictures
 import runtime
-import simipu
 import synthetic
 import weights
 from files import BadInput
@@ -265,7 +265,7 @@ class DepthNet(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.max_depth = c.max_depth
-        self.backbone = simipu.build_image_encoder(c.image_encoder)
+        self.backbone = encoders.build_image_encoder(c.image_encoder)
         if len(self.backbone.map_channels) != 5:
             raise BadInput(
                 f"--image-encoder {c.image_encoder}: has {len(self.backbone.map_channels)} maps; the decoder wants five, of strides 2 to 32"
@@ -351,7 +351,7 @@ def start_encoder(encoder, c):
     if c.init != "none":
         return weights.load_image_encoder(encoder, c.init, c.init_pixels)
     for block in encoder.modules() if c.zero_init_residual else ():
-        if isinstance(block, (simipu.BasicBlock, simipu.Bottleneck)):
+        if isinstance(block, (encoders.BasicBlock, encoders.Bottleneck)):
             nn.init.zeros_((block.bn2 if block.expansion == 1 else block.bn3).weight)
     return "image encoder: from scratch"
 

@@ -21,9 +21,9 @@ from unittest.mock import patch
 import torch
 import tyro
 
+import encoders
 import ops_triton as ops
 import runtime
-import simipu
 from bench import Table
 from data import BadInput
 
@@ -65,8 +65,8 @@ def compile_all(o):
     with patch.object(JITFunction, "run", compile_only), patch.object(ops, "_use_triton", lambda *_: True):
         for n, m in ((o.num_points, 4 * P), (3 * P // 2, P // 2)):
             ops.furthest_point_sample(tensor(B, n, 3), m)
-        ops.furthest_point_sample_features(tensor(B, 4 * P, 3), tensor(B, 4 * P, simipu.AGGREGATION[0]), P)
-        for n, m, radii, neighbours, mlps in zip((o.num_points, 4 * P, 2 * P), (4 * P, 2 * P, P), simipu.RADII, simipu.NEIGHBOURS, simipu.MLPS):
+        ops.furthest_point_sample_features(tensor(B, 4 * P, 3), tensor(B, 4 * P, encoders.AGGREGATION[0]), P)
+        for n, m, radii, neighbours, mlps in zip((o.num_points, 4 * P, 2 * P), (4 * P, 2 * P, P), encoders.RADII, encoders.NEIGHBOURS, encoders.MLPS):
             for radius, k, (*_, width) in zip(radii, neighbours, mlps):
                 idx = ops.ball_query(tensor(B, n, 3), tensor(B, m, 3), radius, k)
                 for dtype in (torch.bfloat16, torch.float32):

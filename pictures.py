@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
 import data
+import encoders
 import ops_triton as ops
 from files import BadInput, read_log, writing
 
@@ -217,10 +218,10 @@ def dense_embedding(model, image, step=STEP):
     v, u = torch.meshgrid(
         *(torch.arange(0, edge, step, device=image.device) for edge in image.shape[2:]), indexing="ij"
     )  # (h, w)
-    cells = torch.stack([u, v], -1).view(1, -1, 2).float() / model.img_backbone.stride
+    uv = torch.stack([u, v], -1).view(1, -1, 2).float()
     rows = [
         F.normalize(model.mlp_cross_img(ops.bilinear_sample(feature_map, part)[0]), dim=1)
-        for part in cells.split(8192, dim=1)
+        for part in encoders.cells(model.img_backbone, uv).split(8192, dim=1)
     ]
     return torch.cat(rows).view(*u.shape, -1)
 
@@ -274,7 +275,7 @@ def embed(model, view):
     }
     if hasattr(model, "mlp_cross_img"):
         feature_map = model.img_backbone(view["image"][:1])[-1]
-        sampled = ops.bilinear_sample(feature_map, uv / model.img_backbone.stride)[0]
+        sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
         out |= {
             "point": F.normalize(model.mlp_cross_points(features[0]), dim=1),
             "pixel": F.normalize(model.mlp_cross_img(sampled), dim=1),

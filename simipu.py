@@ -41,12 +41,14 @@ from torch import nn
 
 import data
 import data_kitti
+import encoders
 import eval_match
 import ops_triton as ops
 import pictures
 import runtime
 import synthetic
 import weights
+from encoders import AGGREGATION, PointEncoder, ProjectionHead, build_image_encoder
 from files import BadInput
 from loop import Loop, stream
 
@@ -209,293 +211,6 @@ PRESETS = {
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
 FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
-
-
-# -----------------------------------------------------------------------------
-# image encoder: ResNet (He et al. 2016), v1.5, with torchvision's parameter names
-
-
-class BasicBlock(nn.Module):
-    expansion = 1
-
-    def __init__(self, cin, width, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut(cin, width, stride)
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x)), inplace=True)
-
-
-class Bottleneck(nn.Module):
-    expansion = 4
-
-    def __init__(self, cin, width, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = shortcut(cin, 4 * width, stride)
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)), inplace=True)
-
-
-def shortcut(cin, cout, stride):
-    if stride == 1 and cin == cout:
-        return None
-    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-
-
-class ResNet(nn.Module):
-    """ResNet without its classifier. forward: (B, 3, H, W) -> five maps, of strides 2 (after the stem's ReLU), 4, 8,
-    16, 32.
-
-    Output cell i of a map of stride s is centred on input pixel s * i: the 7x7, 3x3 and 1x1 convolutions all pad
-    evenly.
-    """
-
-    def __init__(self, depth):
-        super().__init__()
-        block, layers = {
-            18: (BasicBlock, (2, 2, 2, 2)),
-            34: (BasicBlock, (3, 4, 6, 3)),
-            50: (Bottleneck, (3, 4, 6, 3)),
-            101: (Bottleneck, (3, 4, 23, 3)),
-        }[depth]
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        cin = 64
-        for stage, (count, width) in enumerate(zip(layers, (64, 128, 256, 512)), start=1):
-            blocks = []
-            for i in range(count):
-                blocks.append(block(cin, width, stride=2 if stage > 1 and i == 0 else 1))
-                cin = width * block.expansion
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.channels, self.stride = cin, 32
-        self.map_channels = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        maps = [x]
-        x = F.max_pool2d(x, 3, 2, 1)
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            maps.append(x)
-        return maps
-
-
-def build_image_encoder(name):
-    """resnetNN, or timm:NAME. The module's `channels` and `stride` describe its last map, `map_channels` all of them.
-    Raises BadInput for other names.
-    """
-    if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
-        return ResNet(int(name[6:]))
-    if not name.startswith("timm:"):
-        raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
-    try:
-        import timm
-
-        encoder = timm.create_model(name[5:], features_only=True)
-    except (ImportError, RuntimeError) as e:  # no timm, or no such model
-        raise BadInput(f"--image-encoder {name}: {str(e).splitlines()[0]}") from None
-    encoder.map_channels, encoder.stride = encoder.feature_info.channels(), encoder.feature_info.reduction()[-1]
-    encoder.channels = encoder.map_channels[-1]
-    return encoder
-
-
-# -----------------------------------------------------------------------------
-# point encoder: PointNet++ with multi-scale grouping, points sampled by distance (D-FPS) and by feature (F-FPS, 3DSSD)
-
-RADII = ((0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8))  # metres; ball i is a shell, from radius i - 1 on
-NEIGHBOURS = ((32, 32, 64), (32, 32, 64), (16, 16, 16))
-MLPS = (
-    ((32, 32, 64), (32, 32, 64), (64, 64, 128)),
-    ((64, 64, 128), (64, 64, 128), (128, 128, 256)),
-    ((128, 128, 256), (128, 128, 256), (256, 256, 512)),
-)
-AGGREGATION = (128, 256, 1024)
-
-
-class CountedNormReLU(torch.autograd.Function):
-    """relu(batch_norm(x)) in training, where row n of x (n, C) stands for count[n] equal rows (count None: one each).
-
-    Exactly what batch norm computes on the repeated rows, gradients included, without ever repeating them. The mean and
-    the biased variance, both (C,), and the number of rows are returned for the running statistics; they carry no
-    gradient. With `sync` all ranks share their statistics, as SyncBatchNorm's do.
-    """
-
-    @staticmethod
-    @torch.autocast("cuda", enabled=False)  # else the sums below would be taken in bfloat16
-    @torch.autocast("cpu", enabled=False)
-    def forward(ctx, x, count, weight, bias, eps, sync):
-        x32 = x if x.dtype == torch.float64 else x.float()
-        count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
-        sums = torch.cat([count.sum().view(1), count @ x32])
-        if sync:
-            dist.all_reduce(sums)
-        total, mean = sums[0], sums[1:] / sums[0]
-        var = count @ (x32 - mean).square_()
-        if sync:
-            dist.all_reduce(var)
-        var = var / total
-        rstd = (var + eps).rsqrt()
-        y = torch.addcmul(bias - mean * weight * rstd, x32, weight * rstd).relu_().to(x.dtype)
-        ctx.save_for_backward(x, y, count, weight, mean, rstd, total)
-        ctx.sync = sync
-        ctx.mark_non_differentiable(mean, var, total)
-        return y, mean, var, total
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        x, y, count, weight, mean, rstd, total = ctx.saved_tensors
-        x, dy = x.to(mean.dtype), torch.ops.aten.threshold_backward(dy, y, 0).to(mean.dtype)  # through the ReLU
-        dbias = dy.sum(0)
-        dweight = rstd * ((dy * x).sum(0) - mean * dbias)
-        sums = torch.stack([dbias, dweight])
-        if ctx.sync:
-            dist.all_reduce(sums)
-        # dx = weight rstd (dy - count / total (sum dy + xhat sum dy xhat)), in passes over (n, C) as few as can be
-        slope = sums[1] * rstd / total
-        dx = torch.addcmul(sums[0] / total - mean * slope, x, slope).mul_(count[:, None])
-        return torch.sub(dy, dx, out=dx).mul_(weight * rstd).to(x.dtype), None, dweight, dbias, None, None
-
-
-class PointLayer(nn.Module):
-    """1x1 convolution, batch norm, ReLU over rows (..., cin) -> (..., cout). No bias: batch norm would cancel it.
-
-    `conv` and `bn` hold the parameters under the release's names and shapes; their own forward is not used.
-    """
-
-    def __init__(self, cin, cout, dims, eps):
-        super().__init__()
-        self.sync = False  # share batch statistics between ranks; set by `train` on GPUs
-        self.conv = (nn.Conv2d if dims == 2 else nn.Conv1d)(cin, cout, 1, bias=False)
-        self.bn = (nn.BatchNorm2d if dims == 2 else nn.BatchNorm1d)(cout, eps=eps)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x, count=None):
-        """count: how many rows each row of x stands for, (...,), or None for one each."""
-        y = F.linear(x, self.conv.weight.flatten(1))
-        bn, rows = self.bn, y.reshape(-1, y.shape[-1])
-        if not self.training:
-            return F.relu(F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)).view_as(
-                y
-            )
-        rows, mean, var, total = CountedNormReLU.apply(rows, count, bn.weight, bn.bias, bn.eps, self.sync)
-        with torch.no_grad():
-            bn.num_batches_tracked += 1
-            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-            bn.running_var.lerp_((var * (total / (total - 1))).to(bn.running_var.dtype), bn.momentum)
-        return rows.view_as(y)
-
-
-class SetAbstraction(nn.Module):
-    """Multi-scale grouping around given centres: in each of three shells an MLP of the neighbours' features, then a
-    maximum.
-
-    Without relative positions a neighbour's MLP does not depend on whose neighbour it is. So the MLP runs once per
-    point instead of once per (centre, neighbour), with batch norm counting each point as often as the shells do, and
-    the maximum is gathered: the same function, statistics and gradients, at a twelfth of the multiply-adds and
-    activations (`grouped=False`). `grouped=True` is the textbook form, which relative positions need.
-    """
-
-    def __init__(self, cin, radii, neighbours, mlps, use_xyz):
-        super().__init__()
-        self.radii, self.neighbours, self.use_xyz, self.grouped = radii, neighbours, use_xyz, use_xyz
-        self.mlps = nn.ModuleList()
-        for widths in mlps:
-            layers = zip((cin + 3 * use_xyz, *widths), widths)
-            self.mlps.append(nn.Sequential())
-            for i, (a, b) in enumerate(layers):
-                self.mlps[-1].add_module(f"layer{i}", PointLayer(a, b, dims=2, eps=1e-3))
-
-    def forward(self, xyz, features, centers):
-        """xyz (B, N, 3), features (B, N, C), centers (B, M, 3) -> (B, M, sum of the MLPs' outputs)."""
-        B, N, _ = xyz.shape
-        out = []
-        for i, mlp in enumerate(self.mlps):
-            k = self.neighbours[i]
-            idx = ops.ball_query(xyz, centers, self.radii[i], k, self.radii[i - 1] if i else 0.0)  # (B, M, k)
-            if self.grouped:
-                flat = (idx + N * torch.arange(B, device=idx.device).view(B, 1, 1)).view(-1)
-                f = features.reshape(B * N, -1)[flat].view(*idx.shape, -1)  # (B, M, k, C)
-                if self.use_xyz:
-                    offset = xyz.reshape(B * N, 3)[flat].view(*idx.shape, 3) - centers[:, :, None]
-                    f = torch.cat([offset.to(f.dtype), f], -1)  # (B, M, k, 3 + C)
-                out.append(mlp(f).max(2).values)
-            else:
-                count = torch.zeros(B, N, device=idx.device).scatter_add_(
-                    1, idx.flatten(1), torch.ones(1, device=idx.device).expand(B, idx[0].numel())
-                )
-                f = features
-                for layer in mlp:
-                    f = layer(f, count)  # (B, N, C)
-                out.append(ops.gather_max(f, idx))
-        return torch.cat(out, -1)
-
-
-class PointEncoder(nn.Module):
-    """(B, N, 4) points (x, y, z, reflectance) -> places (B, P, 3) metres, features (B, P, 1024), with P = `places`.
-
-    Sampling (release's `fps_mods`): SA1 keeps 4P points by D-FPS; SA2 keeps P by F-FPS and P by D-FPS; SA3 keeps P/2 of
-    the F-FPS half and P/2 of all the others. Two of these need no work. A set in FPS order is its own FPS, so SA2's
-    D-FPS takes the first P; and SA3's F-FPS on SA2's first P/2 takes all of them, in an order that nothing downstream
-    sees.
-    """
-
-    def __init__(self, places, use_xyz=False):
-        super().__init__()
-        self.places = places
-        self.SA_modules, self.aggregation_mlps = nn.ModuleList(), nn.ModuleList()
-        cin = 1  # reflectance
-        for radii, neighbours, mlps, cout in zip(RADII, NEIGHBOURS, MLPS, AGGREGATION):
-            self.SA_modules.append(SetAbstraction(cin, radii, neighbours, mlps, use_xyz))
-            self.aggregation_mlps.append(PointLayer(sum(m[-1] for m in mlps), cout, dims=1, eps=1e-5))
-            cin = cout
-
-    def forward(self, points):
-        P, xyz, features = self.places, points[..., :3].contiguous(), points[..., 3:].contiguous()
-        for stage, (sa, aggregate) in enumerate(zip(self.SA_modules, self.aggregation_mlps)):
-            if stage == 0:
-                index = ops.furthest_point_sample(xyz, 4 * P)  # (B, 4P)
-            elif stage == 1:
-                by_feature = ops.furthest_point_sample_features(xyz, features.detach().float(), P)
-                index = torch.cat([by_feature, torch.arange(P, device=xyz.device).expand(len(xyz), P)], 1)  # (B, 2P)
-            else:
-                rest = P // 2 + ops.furthest_point_sample(xyz[:, P // 2 :].contiguous(), P // 2)
-                index = torch.cat([torch.arange(P // 2, device=xyz.device).expand(len(xyz), P // 2), rest], 1)  # (B, P)
-            centers = xyz.gather(1, index[..., None].expand(-1, -1, 3))
-            features = aggregate(sa(xyz, features, centers))
-            xyz = centers
-        return xyz, features
-
-
-class ProjectionHead(nn.Module):
-    """SimCLR-style MLP of three layers, batch norm after each, ReLU after the first two. (n, cin) -> (n, cout)."""
-
-    def __init__(self, cin, hidden, cout):
-        super().__init__()
-        self.layer1 = nn.Sequential(nn.Linear(cin, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
-        self.layer2 = nn.Sequential(
-            nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)
-        )
-        self.layer3 = nn.Sequential(nn.Linear(hidden, cout, bias=False), nn.BatchNorm1d(cout))
-
-    def forward(self, x):
-        return self.layer3(self.layer2(self.layer1(x)))
 
 
 # -----------------------------------------------------------------------------
@@ -680,9 +395,8 @@ class SimIPU(nn.Module):
                 raise BadInput(
                     f"{len(visible_rows)} places of a forward pass lie in its images: wrong calibration, or too much of --crop and --shift"
                 )
-            f_gamma = ops.bilinear_sample(feature_map, uv / self.img_backbone.stride).flatten(0, 1)[
-                visible_rows
-            ]  # (n, C)
+            f_gamma = ops.bilinear_sample(feature_map, encoders.cells(self.img_backbone, uv))  # (B, P, C)
+            f_gamma = f_gamma.flatten(0, 1)[visible_rows]  # (n, C)
             f_gamma = self.mlp_cross_img(f_gamma)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
@@ -773,11 +487,11 @@ def train(c):
     model = SimIPU(c).to(run.device, memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
     notes = [weights.load_image_encoder(model.img_backbone, c.init, c.init_pixels)] if c.init else []
     notes += [weights.load_point_encoder(model.pts_backbone, c.init_points)] if c.init_points else []
-    if run.device.type == "cuda" and run.world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        for layer in model.modules():
-            if isinstance(layer, PointLayer):
-                layer.sync = True
+    if c.inter_weight and run.device.type == "cuda" and run.world > 1:
+        alone = encoders.share_batch_norm(model.img_backbone)
+        notes += (
+            [f"note: {alone} batch norms of {c.image_encoder} take their statistics on each GPU alone"] if alone else []
+        )
     optimizers = build_optimizers(model, c)
     if c.compile:
         model.img_backbone.compile(dynamic=True)

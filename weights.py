@@ -65,7 +65,7 @@ def load_image_encoder(encoder, path, pixels="auto"):
     """Load anybody's weights of the same network into `encoder`, so that it makes of pixels normalised as here what it
     made of theirs.
 
-    encoder: simipu.ResNet, or a timm network with its own names. path: the file. pixels: a key of PIXELS, how the
+    encoder: encoders.ResNet, or a timm network with its own names. path: the file. pixels: a key of PIXELS, how the
     file's pixels were normalised where it does not say; "auto" for the release's by their names, and else as here.
     -> lines for the user: what was taken from where, what was ignored, and what the pixels were, said, converted or
     assumed. Raises BadInput, one line, for a file that is unreadable, holds less than 90 % of the parameters, other
@@ -91,7 +91,7 @@ def load_image_encoder(encoder, path, pixels="auto"):
 
 
 def load_point_encoder(encoder, path):
-    """Load a simipu.PointEncoder from this repo's last.pt, an export that holds points, or the release's file.
+    """Load a encoders.PointEncoder from this repo's last.pt, an export that holds points, or the release's file.
 
     The release has biases before its batch norms, which change nothing but the mean that batch norm takes away: each is
     subtracted from the running mean, which is exact. -> lines for the user. Raises BadInput as `load_image_encoder`

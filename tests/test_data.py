@@ -6,6 +6,7 @@ import torch
 
 import data
 import data_kitti
+import encoders
 import simipu
 from simipu import Config
 
@@ -223,7 +224,7 @@ def test_wrong_pairs_never_have_their_own_image(scenes):
 def test_feature_cell_is_centred_on_its_pixel(depth):
     """Through real convolution stacks, with positive weights: the gradient of one cell falls symmetrically around pixel s * i."""
     torch.manual_seed(0)
-    encoder = simipu.ResNet(depth).eval()
+    encoder = encoders.ResNet(depth).eval()
     for m in encoder.modules():
         if isinstance(m, torch.nn.Conv2d):
             torch.nn.init.constant_(m.weight, 1.0 / m.weight[0].numel())

@@ -63,7 +63,7 @@ class Seer(torch.nn.Module):
         self.c, self.sees, self.frames, self.clouds = c, sees, {}, {}
         self.mlp_cross_points = self.mlp_cross_img = torch.nn.Identity()
         self.img_backbone = lambda image: self.see(image)
-        self.img_backbone.stride = 4
+        self.img_backbone.strides, self.img_backbone.offsets = (4,), (0,)
 
     def see(self, image):
         v, u = torch.meshgrid(torch.arange(0, image.shape[2], 4), torch.arange(0, image.shape[3], 4), indexing="ij")

@@ -16,11 +16,11 @@ from conftest import needs_gpu
 from PIL import Image
 
 import data_depth
+import encoders
 import eval as evaluate
 import eval_depth
 import finetune_depth
 import loop
-import simipu
 from finetune_depth import Config, DenseDepth, DepthNet, one_cycle, sig_loss
 
 SMALL = ["--decoder-width", 64, "--image-scale", 0.25, "--workers", 0, "--log-every", 1, "--batch-size", 2]
@@ -421,7 +421,7 @@ def test_a_broken_held_out_file_costs_no_step(run_here, scenes, tmp_path):
 def test_init_loads_an_encoder(run_here, scenes, tmp_path):
     """At a rate of next to nothing the first checkpoint holds the file's encoder, and the decoder of a run from scratch."""
     torch.manual_seed(7)
-    encoder = simipu.build_image_encoder("resnet18").state_dict()
+    encoder = encoders.build_image_encoder("resnet18").state_dict()
     for name in encoder:
         encoder[name] += torch.rand(encoder[name].shape) if "running" in name else 0
     about = {"arch": "resnet18", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "channels": "RGB", "step": 1}

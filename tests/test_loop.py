@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from conftest import needs_gpu
 
+import encoders
 import files
 import runtime
 import simipu
@@ -354,7 +355,7 @@ def _sync_worker(rank, out):
 
 def _sync_problem():
     torch.manual_seed(0)
-    layer = simipu.PointLayer(3, 4, dims=2, eps=1e-3).double()
+    layer = encoders.PointLayer(3, 4, dims=2, eps=1e-3).double()
     return layer, torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 4, (20,)), torch.randn(20, 4, dtype=torch.float64)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import data
 import data_kitti
+import encoders
 import ops_triton as ops
 import simipu
 
@@ -59,7 +60,7 @@ def run(module, xyz, features, centers):
 def test_set_abstraction_equals_the_textbook_form(form):
     torch.manual_seed(0)
     use_xyz = form == "grouped with xyz"
-    sa = simipu.SetAbstraction(5, (0.4, 0.8, 1.6), (8, 8, 16), ((6, 7, 8), (6, 7, 8), (4, 9, 5)), use_xyz).double()
+    sa = encoders.SetAbstraction(5, (0.4, 0.8, 1.6), (8, 8, 16), ((6, 7, 8), (6, 7, 8), (4, 9, 5)), use_xyz).double()
     sa.grouped = form != "pointwise"
     for p in sa.parameters():
         if p.dim() == 1:
@@ -93,7 +94,7 @@ def test_counted_norm_equals_batch_norm_of_repeated_rows():
     x = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
     count = torch.randint(0, 5, (30,))
     weight, bias = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64, requires_grad=True)
-    apply = lambda x, w, b: simipu.CountedNormReLU.apply(x, count, w, b, 1e-3, False)[0]
+    apply = lambda x, w, b: encoders.CountedNormReLU.apply(x, count, w, b, 1e-3)[0]
     repeated = lambda x, w, b: torch.relu(nn.functional.batch_norm(x.repeat_interleave(count, 0), None, None, w, b, True, eps=1e-3))
     torch.testing.assert_close(apply(x, weight, bias).repeat_interleave(count, 0), repeated(x, weight, bias))
     # a gathered maximum sends each row one gradient, however often the row was counted: weigh one copy of each
@@ -109,9 +110,9 @@ def test_statistics_stay_in_float32_under_autocast():
     """Half-precision rows, float32 sums: a bfloat16 mean would be wrong in its third digit."""
     torch.manual_seed(0)
     x, count, weight = torch.randn(4000, 3).add(3).bfloat16(), torch.randint(0, 600, (4000,)), torch.ones(3)
-    plain = simipu.CountedNormReLU.apply(x.float(), count, weight, 0 * weight, 1e-3, False)
+    plain = encoders.CountedNormReLU.apply(x.float(), count, weight, 0 * weight, 1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        y, mean, var, total = simipu.CountedNormReLU.apply(x, count, weight, 0 * weight, 1e-3, False)
+        y, mean, var, total = encoders.CountedNormReLU.apply(x, count, weight, 0 * weight, 1e-3)
     assert y.dtype == torch.bfloat16 and mean.dtype == var.dtype == total.dtype == torch.float32
     for ours, wanted in zip((y.float(), mean, var, total), plain):
         torch.testing.assert_close(ours, wanted, rtol=8e-3 if ours is not mean else 1e-6, atol=1e-6)
@@ -121,7 +122,7 @@ def test_statistics_stay_in_float32_under_autocast():
 def traced():
     """What each stage of a full-size encoder was asked for, on a random cloud."""
     torch.manual_seed(0)
-    encoder, calls = simipu.PointEncoder(64), []
+    encoder, calls = encoders.PointEncoder(64), []
     original = ops.ball_query
 
     def spy(xyz, centers, radius, k, min_radius=0.0):
@@ -151,8 +152,8 @@ def test_encoder_follows_the_table(traced):
     assert shape["SA_modules.1.mlps.2.layer0.conv.weight"] == (128, 128, 1, 1)
     assert shape["SA_modules.2.mlps.2.layer2.conv.weight"] == (512, 256, 1, 1)
     assert [shape[f"aggregation_mlps.{i}.conv.weight"] for i in range(3)] == [(128, 256, 1), (256, 512, 1), (1024, 1024, 1)]
-    assert simipu.PointEncoder(1024).places == 1024 and simipu.Config().places == 1024 and simipu.Config().num_points == 16384
-    assert simipu.PointEncoder(4, use_xyz=True).SA_modules[0].mlps[0].layer0.conv.weight.shape == (32, 4, 1, 1)
+    assert encoders.PointEncoder(1024).places == 1024 and simipu.Config().places == 1024 and simipu.Config().num_points == 16384
+    assert encoders.PointEncoder(4, use_xyz=True).SA_modules[0].mlps[0].layer0.conv.weight.shape == (32, 4, 1, 1)
 
 
 def test_places_are_points_of_the_cloud(traced):
@@ -182,7 +183,7 @@ def check_identities(points, P):
     """SA2's D-FPS takes the first P, SA3's F-FPS of P/2 of P/2 permutes: left out, the encoder finds the same places, with the
     same features, the first half of them in another order."""
     torch.manual_seed(0)
-    encoder = simipu.PointEncoder(P).train()
+    encoder = encoders.PointEncoder(P).train()
     with torch.no_grad():
         (places, features), (literal, wanted) = encoder(points), literal_forward(encoder, points)
     half = P // 2
@@ -204,7 +205,7 @@ def test_sampling_identities_on_real_clouds(kitti):
 def test_encoder_does_not_see_the_order_of_the_cloud(scenes):
     """Farthest point sampling starts at point 0, and a full ball keeps its first k points; all else is a set function."""
     torch.manual_seed(0)
-    encoder = simipu.PointEncoder(32).eval()
+    encoder = encoders.PointEncoder(32).eval()
     for sa in encoder.SA_modules:
         sa.neighbours = (1024, 1024, 1024)  # no ball is full
     points = real_cloud(scenes, "train", 1024, 2)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_loop import MINI
 
+import encoders
 import eval as evaluate
 import runtime
 import simipu
@@ -41,7 +42,7 @@ def an_image(seed=0):
 def network(depth=18, seed=0, eps=1e-5, **convention):
     """A random ResNet whose batch norms have seen images of that convention, in eval mode."""
     torch.manual_seed(seed)
-    net = simipu.ResNet(depth)
+    net = encoders.ResNet(depth)
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -65,7 +66,7 @@ def assert_same_function(loaded, net, tolerance=1e-4, **convention):
 
 def load(content, path, depth=18, pixels="auto"):
     torch.save(content, path)
-    encoder = simipu.ResNet(depth)
+    encoder = encoders.ResNet(depth)
     return encoder, weights.load_image_encoder(encoder, path, pixels)
 
 
@@ -174,7 +175,7 @@ def test_the_release(tmp_path):
     encoder, summary = load(content, tmp_path / "SimIPU_kitti_50e.pth", 50)
     assert_same_function(encoder, net, channels="BGR", undivided=True)
     assert "the config in the file says" in summary and "running variances" in summary
-    loaded = simipu.PointEncoder(16)
+    loaded = encoders.PointEncoder(16)
     summary = weights.load_point_encoder(loaded, tmp_path / "SimIPU_kitti_50e.pth")
     assert "180 tensors loaded (100% of the parameters), 0 missing" in summary and "30 biases" in summary and "318 image encoder" in summary
     points.assert_same_function(loaded)
@@ -204,7 +205,7 @@ def test_undivided_pixels_are_not_taken_for_divided_ones(tmp_path):
     with pytest.raises(BadInput, match=r"it\.pth: its first layer has seen pixels in 0\.\.255.*--init-pixels bgr_mean or rgb_mean") as e:
         load(named(network(undivided=True)), tmp_path / "it.pth")
     assert "\n" not in str(e.value)
-    fresh = simipu.ResNet(18).eval()  # its variances say nothing
+    fresh = encoders.ResNet(18).eval()  # its variances say nothing
     encoder, summary = load(named(fresh), tmp_path / "it.pth")
     assert weights.pixel_scale(fresh.state_dict()) is None and "assumed" in summary and encoder.conv1.weight.equal(fresh.conv1.weight)
 
@@ -261,7 +262,7 @@ def test_what_is_no_such_image_encoder(tmp_path):
         with pytest.raises(BadInput, match=words) as e:
             load(content, tmp_path / "it.pth")
         assert str(tmp_path / "it.pth") in str(e.value) and "\n" not in str(e.value)
-    before = simipu.ResNet(18)
+    before = encoders.ResNet(18)
     torch.save(few, tmp_path / "it.pth")
     state = named(before)
     with pytest.raises(BadInput):
@@ -278,9 +279,9 @@ class PointsWithBiases:
 
     def __init__(self):
         torch.manual_seed(3)
-        self.encoder, self.biases = simipu.PointEncoder(16), {}
+        self.encoder, self.biases = encoders.PointEncoder(16), {}
         for name, layer in self.encoder.named_modules():
-            if isinstance(layer, simipu.PointLayer):
+            if isinstance(layer, encoders.PointLayer):
                 bias = self.biases[f"{name}.conv.bias"] = torch.randn(layer.conv.out_channels)
                 torch.nn.init.uniform_(layer.bn.weight, 0.5, 1.5)
                 layer.bn.running_mean.normal_(0, 0.3).add_(bias)
@@ -305,12 +306,12 @@ class PointsWithBiases:
 
 
 def test_points_refuse_what_does_not_fit(tmp_path):
-    torch.save({"state_dict": named(simipu.PointEncoder(16, use_xyz=True), "pts_backbone.")}, tmp_path / "xyz.pth")
+    torch.save({"state_dict": named(encoders.PointEncoder(16, use_xyz=True), "pts_backbone.")}, tmp_path / "xyz.pth")
     with pytest.raises(BadInput, match=r"xyz.pth: .* is \(32, 4, 1, 1\), not \(32, 1, 1, 1\).*--use-xyz"):  # though 90 % of the parameters fit
-        weights.load_point_encoder(simipu.PointEncoder(16), tmp_path / "xyz.pth")
+        weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "xyz.pth")
     torch.save(named(network()), tmp_path / "image.pth")
     with pytest.raises(BadInput, match="0% of the parameters"):
-        weights.load_point_encoder(simipu.PointEncoder(16), tmp_path / "image.pth")
+        weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "image.pth")
 
 
 # -----------------------------------------------------------------------------
@@ -377,7 +378,7 @@ def finished(tmp_path):
 @pytest.mark.parametrize("depth", [18, 50])
 def test_export(finished, tmp_path, depth):
     folder, model = finished(image_encoder=f"resnet{depth}")
-    image, points, encoder = resnet_names(depth), release_point_shapes(), simipu.ResNet(depth)
+    image, points, encoder = resnet_names(depth), release_point_shapes(), encoders.ResNet(depth)
     expected = {
         "torchvision": image, "timm": image, "mmdet": {"backbone." + k for k in image},
         "mmdet3d": {"img_backbone." + k for k in image} | points.keys(), "points": points.keys(),
@@ -405,11 +406,11 @@ def test_export(finished, tmp_path, depth):
             if any(k.startswith("pts_") for k in names):
                 assert {k: tuple(v.shape) for k, v in saved["state_dict"].items() if k.startswith("pts_")} == points
                 assert not any(v.any() for k, v in saved["state_dict"].items() if k.endswith("conv.bias"))
-                loaded = simipu.PointEncoder(16)
+                loaded = encoders.PointEncoder(16)
                 assert "180 tensors loaded (100% of the parameters), 0 missing" in weights.load_point_encoder(loaded, out)
                 assert all(v.equal(loaded.state_dict()[k]) for k, v in model.pts_backbone.state_dict().items())
     for load_it, part in ((weights.load_image_encoder, "img_backbone"), (weights.load_point_encoder, "pts_backbone")):  # last.pt itself
-        fresh = simipu.ResNet(depth) if part == "img_backbone" else simipu.PointEncoder(16)
+        fresh = encoders.ResNet(depth) if part == "img_backbone" else encoders.PointEncoder(16)
         assert "0 missing" in load_it(fresh, folder / "last.pt")
         assert all(v.equal(fresh.state_dict()[k]) for k, v in getattr(model, part).state_dict().items())
 
