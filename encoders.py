@@ -138,9 +138,9 @@ def measure_offsets(encoder, strides, size=256):
     """Where the cells of an encoder's maps are centred: input pixel of cell 0, one for each map.
 
     Encoders differ in how they pad and subsample: by 0 pixels (ResNet), by half a patch (ConvNeXt, ViT), by up to a
-    stride (EfficientNets converted from TensorFlow). Measured by gradients: what a cell in the middle depends on, squared
-    and weighed, has its centre on that cell's pixel, to a pixel or two. In the maps of ResNet-D it lies between its two
-    ways to subsample, and moves a little in training.
+    stride (EfficientNets converted from TensorFlow). Measured by gradients: what a cell in the middle depends on,
+    squared and weighed, has its centre on that cell's pixel, to a pixel or two. In the maps of ResNet-D it lies between
+    its two ways to subsample, and moves a little in training.
     """
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, 3, size, size, generator=generator).requires_grad_()
@@ -172,18 +172,25 @@ def cells(encoder, uv, at=-1):
 # batch norm of image encoders over several GPUs
 
 
+def full_precision(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class _SharedNorm(torch.autograd.Function):
-    """Batch norm of x (B, C, H, W) over all ranks, whose B, H and W may differ. One collective forward, one backward."""
+    """Batch norm of x (B, C, H, W) over all ranks, whose B, H and W may differ. One collective forward, one
+    backward.
+    """
 
     @staticmethod
     @torch.autocast("cuda", enabled=False)  # statistics are float32
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, x, weight, bias, eps):
-        x32 = x.float()
+        x32 = full_precision(x)
         var, mean = torch.var_mean(x32, (0, 2, 3), correction=0)
         own = torch.cat([mean, var, mean.new_full((1,), x.numel() / x.shape[1])])
-        ranks = own.new_empty(dist.get_world_size(), len(own))
-        dist.all_gather_into_tensor(ranks, own)
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, own)
+        ranks = torch.stack(ranks)  # (world, 2 C + 1)
         means, variances, counts = ranks[:, : len(mean)], ranks[:, len(mean) : -1], ranks[:, -1:]
         total = counts.sum()
         mean = (counts * means).sum(0) / total
@@ -199,8 +206,8 @@ class _SharedNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
         x, weight, mean, rstd, total = ctx.saved_tensors
-        normed = (x.float() - mean[:, None, None]) * rstd[:, None, None]
-        dy = dy.float()
+        normed = (full_precision(x) - mean[:, None, None]) * rstd[:, None, None]
+        dy = full_precision(dy)
         dbias, dweight = dy.sum((0, 2, 3)), (dy * normed).sum((0, 2, 3))
         sums = torch.stack([dbias, dweight])
         dist.all_reduce(sums)
@@ -210,7 +217,9 @@ class _SharedNorm(torch.autograd.Function):
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of all ranks' images, as nn.SyncBatchNorm; but the host never waits for the device."""
+    """Batch norm with the statistics of all ranks' images, as nn.SyncBatchNorm; but the host never waits for the
+    device.
+    """
 
     def forward(self, x):
         if not self.training:
@@ -262,7 +271,7 @@ class CountedNormReLU(torch.autograd.Function):
     @torch.autocast("cuda", enabled=False)  # else the sums below would be taken in bfloat16
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, x, count, weight, bias, eps):
-        x32 = x if x.dtype == torch.float64 else x.float()
+        x32 = full_precision(x)
         count = (x32.new_ones(len(x)) if count is None else count.to(x32.dtype)).view(-1)  # (n,)
         total = count.sum()
         mean = (count @ x32) / total

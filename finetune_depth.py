@@ -1,15 +1,16 @@
 """Monocular depth, the first downstream task: what is a pre-trained image encoder worth?
 
-    torchrun --standalone finetune_depth.py demo --init out/demo/backbone.pt        # built-in scenes, minutes on two CPU cores
-    torchrun --standalone finetune_depth.py demo --init none --name scratch         # the same from scratch
+    torchrun --standalone finetune_depth.py demo --init out/demo/backbone.pt    # built-in scenes, minutes on two cores
+    torchrun --standalone finetune_depth.py demo --init none --name scratch     # the same from scratch
 
 KITTI's Eigen split and NYU by the toolbox's recipe, on one GPU or several (same global batch); any sweeps, with no
 annotation at all:
 
-    torchrun --standalone finetune_depth.py kitti --init out/kitti/backbone.pt --data-root data/kitti_raw --depth-root data/kitti_depth \\
-        --splits kitti_eigen_train.txt --eval-splits kitti_eigen_test.txt
+    torchrun --standalone finetune_depth.py kitti --init out/kitti/backbone.pt --data-root data/kitti_raw \\
+        --depth-root data/kitti_depth --splits kitti_eigen_train.txt --eval-splits kitti_eigen_test.txt
     torchrun --standalone --nproc_per_node=2 finetune_depth.py nyu --init resnet50-imagenet.pth --data-root data/nyu
-    torchrun --standalone finetune_depth.py kitti_lidar --init out/kitti/backbone.pt --data-root data/kitti --splits train --eval-splits val
+    torchrun --standalone finetune_depth.py kitti_lidar --init out/kitti/backbone.pt --data-root data/kitti \\
+        --splits train --eval-splits val
 
 Resume: the same command again. Every flag: `python finetune_depth.py kitti --help`. A run ends with its metrics on
 held-out frames, and writes out/NAME/: log.jsonl, last.pt, curves.png, depth.png. `python eval.py depth
@@ -161,21 +162,25 @@ PRESETS = {
     "demo": (
         "Built-in scenes, ResNet-18, minutes on two CPU cores.",
         Config(
-            dataset="scenes", data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",), workers=1, image_scale=1 / 3,
-            image_encoder="resnet18", batch_size=8, max_steps=150, lr=5e-4, name="depth_demo", log_every=5, save_every=50,
+            name="depth_demo", dataset="scenes", data_root=("data/synthetic",), synthetic_frames=64,
+            splits=("train",), eval_splits=("val",), workers=1, image_scale=1 / 3,
+            image_encoder="resnet18", batch_size=8, max_steps=150, lr=5e-4, log_every=5, save_every=50,
         ),
     ),
     "kitti": ("KITTI's Eigen split: the toolbox's recipe.", Config()),
     "nyu": (
         "NYU Depth v2: the toolbox's recipe.",
         Config(
-            dataset="nyu", data_root=("data/nyu",), splits=("nyu_train.txt",), eval_splits=("nyu_test.txt",), crop=(544, 416), max_depth=10.0,
-            brightness=(0.75, 1.25), name="depth_nyu",
+            name="depth_nyu", dataset="nyu", data_root=("data/nyu",), splits=("nyu_train.txt",),
+            eval_splits=("nyu_test.txt",), crop=(544, 416), max_depth=10.0, brightness=(0.75, 1.25),
         ),
     ),
     "kitti_lidar": (
         "Anything in KITTI's layouts, its own sweeps projected into the images as ground truth.",
-        Config(dataset="kitti_lidar", data_root=("data/kitti",), splits=("train",), eval_splits=("val",), name="depth_kitti_lidar"),
+        Config(
+            name="depth_kitti_lidar", dataset="kitti_lidar", data_root=("data/kitti",), splits=("train",),
+            eval_splits=("val",),
+        ),
     ),
 }  # fmt: skip
 
@@ -266,10 +271,10 @@ class DepthNet(nn.Module):
         super().__init__()
         self.max_depth = c.max_depth
         self.backbone = encoders.build_image_encoder(c.image_encoder)
-        if len(self.backbone.map_channels) != 5:
-            raise BadInput(
-                f"--image-encoder {c.image_encoder}: has {len(self.backbone.map_channels)} maps; the decoder wants five, of strides 2 to 32"
-            )
+        maps = len(self.backbone.map_channels)
+        if maps != 5:
+            wanted = "the decoder wants five, of strides 2 to 32"
+            raise BadInput(f"--image-encoder {c.image_encoder}: has {maps} maps; {wanted}")
         self.decode_head = DenseDepth(self.backbone.map_channels, c.decoder_width)
 
     def depth(self, image):
@@ -326,19 +331,14 @@ def one_cycle(step, steps):
 def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
-    runtime.check_range(
-        c, "epochs log_every save_every frame_stride lr max_depth min_depth image_scale labels", 1e-30, 1e30, "above 0"
-    )
-    runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e30, "above 0, the smaller first", rising=True)
-    runtime.check_range(
-        c,
-        "seed workers max_steps eval_every eval_frames synthetic_frames weight_decay clip rotation crop decoder_width",
-        0,
-        1e30,
-        "0 or more",
-    )
+    runtime.check_range(c, "epochs log_every save_every frame_stride", 1, 1e9, "1 or more")
+    runtime.check_range(c, "lr max_depth min_depth labels", 1e-30, 1e6, "above 0")
+    runtime.check_range(c, "image_scale", 1e-3, 8, "above 0, and 8 or less")
+    runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e3, "above 0, the smaller first", rising=True)
+    runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames crop", 0, 1e9, "0 or more")
+    runtime.check_range(c, "weight_decay clip decoder_width", 0, 1e6, "0 or more")
+    runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "labels rotation_p flip colour_p", 0, 1, "from 0 to 1")
-    runtime.check_range(c, "image_scale", 0, 8, "8 or less")
     if c.decoder_width % 16:
         raise BadInput(f"--decoder-width {c.decoder_width}: must be a multiple of 16, as it is halved four times")
     if c.min_depth >= c.max_depth:
@@ -350,9 +350,12 @@ def start_encoder(encoder, c):
     """Load --init, or see to --zero-init-residual. -> a line for the user."""
     if c.init != "none":
         return weights.load_image_encoder(encoder, c.init, c.init_pixels)
-    for block in encoder.modules() if c.zero_init_residual else ():
-        if isinstance(block, (encoders.BasicBlock, encoders.Bottleneck)):
-            nn.init.zeros_((block.bn2 if block.expansion == 1 else block.bn3).weight)
+    if c.zero_init_residual:
+        for block in encoder.modules():
+            if isinstance(block, encoders.BasicBlock):
+                nn.init.zeros_(block.bn2.weight)
+            if isinstance(block, encoders.Bottleneck):
+                nn.init.zeros_(block.bn3.weight)
     return "image encoder: from scratch"
 
 

@@ -13,18 +13,21 @@ The paper's recipe on KITTI, on one GPU, on eight (same global batch, same negat
 
     torchrun --standalone simipu.py kitti --data-root data/kitti
     torchrun --standalone --nproc_per_node=8 simipu.py kitti --data-root data/kitti
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 simipu.py kitti --data-root data/kitti \\
-        --batch-size 64                                 # 4 frames on each of 16 GPUs; out/ on a disk that both nodes
-        see
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        simipu.py kitti --data-root data/kitti --batch-size 64      # 4 frames on each of 16 GPUs; both nodes see out/
 
-KITTI raw drives, one or many:      torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw Resume: the
-same command again; it goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag: `python simipu.py kitti
---help`.
+KITTI raw drives, one or many:
+
+    torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
+
+Resume: the same command again. It goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag:
+`python simipu.py kitti --help`.
 
 A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torchvision's key names), curves.png,
 pairs.png.
 """
 
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,8 +105,7 @@ class Config:
     range that every step draws its size from."""
     crop: tuple[float, float] = (1.0, 1.0)
     """A frame's image is cut to a window of U(crop) times its edges, enlarged to the size it had. Above 1: seen from
-    further away. Places outside it leave Eq. 7.
-    """
+    further away. Places outside the result, padding included, leave Eq. 7."""
     shift: tuple[float, float] = (0.0, 0.0)
     """The window moves by U(-1, 1) times these shares of the image's width and height."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -112,8 +114,8 @@ class Config:
     """
     # ---- networks ----
     image_encoder: str = "resnet50"
-    """resnet18, 34, 50, 101, or timm:NAME when timm is installed: its ResNets, RegNets, EfficientNets and all whose
-    output cells are centred on multiples of the stride. Patch stems (ConvNeXt) are half a cell off.
+    """resnet18, 34, 50, 101, or timm:NAME when timm is installed: any of its encoders that gives feature maps. Where
+    their cells are centred is measured when they are built.
     """
     places: int = 1024
     """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as
@@ -130,8 +132,10 @@ class Config:
     embed_dim: int = 128
     """Dimensions in which features are compared."""
     # ---- matching and losses ----
-    matching: Literal["hungarian", "greedy"] = "hungarian"
-    """greedy is the paper's ablation: each place in turn takes the nearest one still free."""
+    matching: Literal["hungarian", "greedy", "rowwise"] = "hungarian"
+    """greedy is the paper's ablation: the nearest pair first, then the nearest of what is left. rowwise is the
+    release's: each place in turn takes the nearest one still free.
+    """
     temperature: float = 0.07
     """Of both losses (paper: tau)."""
     intra_weight: float = 1.0
@@ -144,6 +148,8 @@ class Config:
     """point: Eq. 7. image: the release, with image queries against point keys that are cut after their head, which so
     stays random.
     """
+    drop_twins: bool = False
+    """Leave out of a pair's candidates those of places at the same spot: the point encoder keeps some points twice."""
     gather_negatives: bool = False
     """Take the other ranks' features as further negatives, with their gradients."""
     # ---- optimisation ----
@@ -199,9 +205,11 @@ PRESETS = {
     "demo": (
         "Built-in scenes, ResNet-18, minutes on two CPU cores.",
         Config(
-            data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",), num_points=4096, workers=1,
-            image_scale=(512, 160), image_encoder="resnet18", places=128, point_hidden=256, image_hidden=512,
-            batch_size=4, epochs=1000, max_steps=140, image_optimizer="adamw", image_lr=1e-3, name="demo", log_every=5, save_every=35, eval_every=35,
+            name="demo", data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",),
+            num_points=4096, workers=1, image_scale=(512, 160),
+            image_encoder="resnet18", places=128, point_hidden=256, image_hidden=512,
+            batch_size=4, epochs=1000, max_steps=140, image_optimizer="adamw", image_lr=1e-3,
+            log_every=5, save_every=35, eval_every=35,
         ),
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config(eval_splits=("val",), eval_every=1000)),
@@ -225,10 +233,13 @@ def match_places(alpha, beta, method="hungarian"):
 
     hungarian minimises the sum of distances. Places that coincide are paired first: by the triangle inequality some
     optimal assignment contains them, and the cubic solver is left with two thirds of the problem. greedy (the paper's
-    ablation): each place in turn takes the nearest one still free.
+    ablation) pairs the nearest two, then the nearest of what is left. rowwise (the release's code for it) lets each
+    place in turn take the nearest one still free.
     """
     cost = cdist(alpha, beta)  # (P, P)
     if method == "greedy":
+        return nearest_first(cost)
+    if method == "rowwise":
         partner = np.empty(len(alpha), np.int64)
         for i in range(len(alpha)):
             partner[i] = cost[i].argmin()
@@ -243,6 +254,24 @@ def match_places(alpha, beta, method="hungarian"):
     rest, free = np.flatnonzero(partner < 0), np.setdiff1d(np.arange(len(beta)), nearest[rows])
     i, j = linear_sum_assignment(cost[np.ix_(rest, free)])
     partner[rest[i]] = free[j]
+    return partner
+
+
+def nearest_first(cost):
+    """Pairs by rising cost, each row and column once: (P, P) -> columns (P,) of the rows.
+
+    The nearest pair of all is each other's nearest. So are many others, and all of these can be taken at once: nothing
+    cheaper will come for either. The first of equals is taken.
+    """
+    partner = np.full(len(cost), -1)
+    rows, columns = np.arange(len(cost)), np.arange(len(cost))
+    while len(rows):
+        left = cost[np.ix_(rows, columns)]
+        best_column, best_row = left.argmin(1), left.argmin(0)
+        mutual = best_row[best_column] == np.arange(len(rows))
+        partner[rows[mutual]] = columns[best_column[mutual]]
+        columns = np.delete(columns, best_column[mutual])
+        rows = rows[~mutual]
     return partner
 
 
@@ -272,10 +301,8 @@ def match_in_background(alpha, beta, T, visible, method):
     def wait():
         partner, distance = zip(*(job.result() for job in jobs))
         visible = host[3].flatten().nonzero()[:, 0]
-        return tuple(
-            t.to(device, non_blocking=True)
-            for t in (torch.from_numpy(np.stack(partner)), torch.from_numpy(np.stack(distance)), visible)
-        )
+        found = torch.from_numpy(np.stack(partner)), torch.from_numpy(np.stack(distance)), visible
+        return tuple(t.to(device, non_blocking=True) for t in found)
 
     return wait
 
@@ -284,15 +311,17 @@ def match_in_background(alpha, beta, T, visible, method):
 # losses
 
 
-def info_nce(query, key, temperature, gather=False, report=True):
-    """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean.
+def info_nce(query, key, temperature, gather=False, report=True, spot=None, drop_twins=False):
+    """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean. -> loss, stats.
 
-    -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key (n, D) -> loss,
-    stats. gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
+    -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key: (n, D).
+    gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
+    spot (n,): rows of one number are of places that coincide, each other's twins. drop_twins: these are no candidates.
+
     stats, {} without `report`: chance, ln(number of candidates), what random features score; top1, the share of queries
-    whose own key is the one best (a tie is no success, so collapsed features score 0); positive, negative, mean
-    cosines; std and rank of the queries, key_std and key_rank of the keys: the dimensions' deviation, 1 when they fill
-    the sphere evenly and 0 when collapsed, and the effective rank.
+    whose own key is the one best (a tie is no success, so collapsed features score 0; but a tie with a twin is one);
+    positive, negative, mean cosines; std and rank of the queries, key_std and key_rank of the keys: the dimensions'
+    deviation, 1 when they fill the sphere evenly and 0 when collapsed, and the effective rank.
     """
     with torch.autocast(query.device.type, enabled=False):
         q, k = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=1) for t in (query, key))
@@ -302,20 +331,38 @@ def info_nce(query, key, temperature, gather=False, report=True):
             offset, weight = sum(counts[: dist.get_rank()]), n * len(counts) / sum(counts)
         cosine = q @ k.T  # (n, candidates)
         target = torch.arange(offset, offset + n, device=q.device)
-        loss = weight * F.cross_entropy(cosine / temperature, target)
+        logits = cosine / temperature
+        if spot is not None:
+            twin = torch.zeros_like(cosine, dtype=torch.bool)
+            twin[:, offset : offset + n] = (spot[:, None] == spot).fill_diagonal_(False)
+            if drop_twins:
+                logits = logits.masked_fill(twin, -torch.inf)
+        loss = weight * F.cross_entropy(logits, target)
         if not report:
             return loss, {}
         with torch.no_grad():
             positive = cosine.gather(1, target[:, None])  # (n, 1)
+            best = cosine >= positive
+            if spot is not None:
+                best &= ~twin
             stats = {
                 "chance": torch.tensor(math.log(len(k))),
-                "top1": ((cosine >= positive).sum(1) == 1).float().mean(),
+                "top1": (best.sum(1) == 1).float().mean(),
                 "positive": positive.mean(),
                 "negative": (cosine.sum() - positive.sum()) / max(cosine.numel() - n, 1),
             }
             for name, z in (("", q), ("key_", own_key)):
-                stats |= {name + "std": z.std(0).mean() * math.sqrt(z.shape[1]), name + "rank": effective_rank(z)}
+                stats[name + "std"] = z.std(0).mean() * math.sqrt(z.shape[1])
+                stats[name + "rank"] = effective_rank(z)
     return loss, stats
+
+
+def coinciding(places):
+    """Which places of a cloud lie at the same spot: places (B, P, 3) -> numbers (B, P), equal for these alone."""
+    B, P, _ = places.shape
+    same = (places[:, :, None] == places[:, None]).all(3)  # (B, P, P)
+    first = same.int().argmax(2)  # of all places at a place's spot
+    return first + P * torch.arange(B, device=places.device)[:, None]
 
 
 def effective_rank(z):
@@ -371,9 +418,14 @@ class SimIPU(nn.Module):
 
         # the image encoder runs while threads match
         if c.inter_weight:
-            feature_map = self.img_backbone(batch["image"].contiguous(memory_format=torch.channels_last))[
-                -1
-            ]  # (B, C, H / 32, W / 32)
+            image = batch["image"].contiguous(memory_format=torch.channels_last)
+            feature_map = self.img_backbone(image)[-1]  # (B, C, H / 32, W / 32)
+
+        # places that the point encoder kept twice have twins among the candidates
+        spot = coinciding(places[:B]).flatten() if report or c.drop_twins else None  # (B P,)
+        compare = functools.partial(
+            info_nce, temperature=c.temperature, gather=c.gather_negatives, report=report, drop_twins=c.drop_twins
+        )
 
         # Eq. 4: places that T maps onto each other have alike features. One pass of the head for both views.
         if c.intra_weight:
@@ -381,33 +433,31 @@ class SimIPU(nn.Module):
             z = self.mlp_intro_points(features.flatten(0, 1)).view(2, B, -1, c.embed_dim)
             f_alpha, f_beta = z[0], z[1].gather(1, partner[..., None].expand_as(z[1]))
             f_alpha, f_beta = f_alpha.flatten(0, 1), f_beta.flatten(0, 1)  # (B P, 128)
-            intra, s = info_nce(
-                f_alpha, f_beta.detach() if c.detach_keys else f_beta, c.temperature, c.gather_negatives, report
-            )
+            intra, found = compare(f_alpha, f_beta.detach() if c.detach_keys else f_beta, spot=spot)
             loss = loss + c.intra_weight * intra
-            stats |= {"intra": intra.detach(), **{f"intra_{k}": v for k, v in s.items()}, "match_m": distance.mean()}
+            stats |= {"intra": intra.detach(), **prefixed("intra_", found), "match_m": distance.mean()}
         else:
             visible_rows = visible.flatten().nonzero()[:, 0]
 
         # Eq. 7: a place and its pixel have alike features. The point encoder only teaches: its gradient is cropped.
         if c.inter_weight:
             if len(visible_rows) < 2:
-                raise BadInput(
-                    f"{len(visible_rows)} places of a forward pass lie in its images: wrong calibration, or too much of --crop and --shift"
-                )
+                seen = f"{len(visible_rows)} places of a forward pass lie in its images"
+                raise BadInput(f"{seen}: wrong calibration, or too much of --crop and --shift")
             f_gamma = ops.bilinear_sample(feature_map, encoders.cells(self.img_backbone, uv))  # (B, P, C)
-            f_gamma = f_gamma.flatten(0, 1)[visible_rows]  # (n, C)
-            f_gamma = self.mlp_cross_img(f_gamma)
+            f_gamma = self.mlp_cross_img(f_gamma.flatten(0, 1)[visible_rows])  # (n, 128)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
-            inter, s = info_nce(query, key, c.temperature, c.gather_negatives, report)
+            inter, found = compare(query, key, spot=None if spot is None else spot[visible_rows])
             loss = loss + c.inter_weight * inter
-            stats |= {
-                "inter": inter.detach(),
-                **{f"inter_{k}": v for k, v in s.items()},
-                "visible": visible.float().mean(),
-            }
+            stats |= {"inter": inter.detach(), **prefixed("inter_", found), "visible": visible.float().mean()}
+        if report:
+            stats["twins"] = (spot[:, None] == spot).sum(1).gt(1).float().mean()
         return loss, stats
+
+
+def prefixed(prefix, figures):
+    return {prefix + name: value for name, value in figures.items()}
 
 
 def build_optimizers(model, c):
@@ -455,27 +505,27 @@ def load_frames(c, run):
 def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
-    above_0 = "places epochs log_every save_every frame_stride temperature eval_frames image_lr point_lr point_hidden image_hidden embed_dim"
-    runtime.check_range(c, above_0, 1e-30, 1e30, "above 0")
     runtime.check_range(
-        c, "seed workers max_steps eval_every synthetic_frames intra_weight inter_weight", 0, 1e30, "0 or more"
+        c, "places num_points epochs log_every save_every frame_stride eval_frames", 1, 1e9, "1 or more"
     )
+    runtime.check_range(c, "point_hidden image_hidden embed_dim", 1, 1e6, "1 or more")
+    runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e6, "above 0")
+    runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames", 0, 1e9, "0 or more")
+    runtime.check_range(c, "intra_weight inter_weight translation", 0, 1e6, "0 or more")
+    runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
+    runtime.check_range(c, "lr_decay", 1e-6, 1, "above 0, and 1 or less")
     runtime.check_range(c, "shift jitter flip", 0, 1, "from 0 to 1")
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
-    if (
-        len(c.image_scale) not in (2, 4)
-        or min(c.image_scale) < 32
-        or any(a > b for a, b in zip(c.image_scale, c.image_scale[2:]))
-    ):
-        raise BadInput(
-            f"--image-scale {' '.join(map(str, c.image_scale))}: two numbers (width height) or four (smallest, then largest), from 32 on"
-        )
-    if not c.inter_weight and (c.init or c.compile or not c.intra_weight):
-        raise BadInput(
-            f"--inter-weight 0: there is no image encoder for --init or --compile{', and with --intra-weight 0 nothing to learn' * (not c.intra_weight)}"
-        )
+    box = c.image_scale
+    if len(box) not in (2, 4) or min(box) < 32 or any(low > high for low, high in zip(box, box[2:])):
+        wanted = "two numbers (width height) or four (smallest, then largest), from 32 on"
+        raise BadInput(f"--image-scale {' '.join(map(str, box))}: {wanted}")
+    if not c.inter_weight and not c.intra_weight:
+        raise BadInput("--inter-weight 0: with --intra-weight 0 there is nothing to learn")
+    if not c.inter_weight and (c.init or c.compile):
+        raise BadInput("--inter-weight 0: there is no image encoder for --init or --compile")
     return split
 
 

@@ -333,39 +333,3 @@ def test_gathered_negatives_equal_one_process_on_the_whole_batch(tmp_path, uneve
     torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(result["grad"], weight.grad, rtol=1e-10, atol=1e-12)
     assert result["chance"] == stats["chance"]
-
-
-# -----------------------------------------------------------------------------
-# batch statistics shared between ranks, as on GPUs
-
-
-def _sync_worker(rank, out):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=2)
-    layer, x, count, coefficients = _sync_problem()
-    layer.sync = True
-    half = slice(0, 7) if rank == 0 else slice(7, 20)
-    part = x[half].clone().requires_grad_()
-    (layer(part, count[half]) * coefficients[half]).sum().backward()
-    grads = [p.grad for p in layer.parameters()]
-    for g in grads:
-        torch.distributed.all_reduce(g)
-    torch.save({"dx": part.grad, "grads": grads, "mean": layer.bn.running_mean, "var": layer.bn.running_var}, f"{out}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def _sync_problem():
-    torch.manual_seed(0)
-    layer = encoders.PointLayer(3, 4, dims=2, eps=1e-3).double()
-    return layer, torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 4, (20,)), torch.randn(20, 4, dtype=torch.float64)
-
-
-def test_synchronised_point_layers_equal_one_process_on_all_rows(tmp_path):
-    mp.spawn(_sync_worker, (tmp_path / "sync",), nprocs=2)
-    ranks = [torch.load(tmp_path / f"sync.{rank}") for rank in range(2)]
-    layer, x, count, coefficients = _sync_problem()
-    x.requires_grad_()
-    (layer(x, count) * coefficients).sum().backward()
-    torch.testing.assert_close(torch.cat([r["dx"] for r in ranks]), x.grad)
-    for r in ranks:
-        torch.testing.assert_close(r["grads"], [p.grad for p in layer.parameters()])
-        torch.testing.assert_close((r["mean"], r["var"]), (layer.bn.running_mean, layer.bn.running_var))

@@ -13,7 +13,17 @@ import ops_triton as ops
 import simipu
 from simipu import Config
 
-TINY = Config(num_points=1024, places=32, image_encoder="resnet18", point_hidden=16, image_hidden=16, embed_dim=8, image_scale=(160, 64), batch_size=2, group=2)
+TINY = Config(
+    num_points=1024,
+    places=32,
+    image_encoder="resnet18",
+    point_hidden=16,
+    image_hidden=16,
+    embed_dim=8,
+    image_scale=(160, 64),
+    batch_size=2,
+    group=2,
+)
 
 
 def tiny(**changes):
@@ -35,7 +45,12 @@ def transcription(query, key, tau):
     """-1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), pair by pair, in float64."""
     q = [v / np.sqrt((v**2).sum()) for v in query.detach().double().numpy()]
     k = [v / np.sqrt((v**2).sum()) for v in key.detach().double().numpy()]
-    return -np.mean([math.log(math.exp(q[i] @ k[i] / tau) / sum(math.exp(q[i] @ k[j] / tau) for j in range(len(k)))) for i in range(len(q))])
+    return -np.mean(
+        [
+            math.log(math.exp(q[i] @ k[i] / tau) / sum(math.exp(q[i] @ k[j] / tau) for j in range(len(k))))
+            for i in range(len(q))
+        ]
+    )
 
 
 def test_info_nce_equals_the_equation():
@@ -57,12 +72,18 @@ def test_random_features_score_chance_and_collapsed_ones_no_top1():
     assert stats["chance"].item() == pytest.approx(8.318, abs=1e-3) and loss.item() == pytest.approx(8.318, abs=0.02)
     assert stats["std"].item() == pytest.approx(1, abs=0.01) and stats["rank"] > 120
     loss, stats = simipu.info_nce(torch.ones(64, 8), torch.ones(64, 8), 0.07)
-    assert loss.item() == pytest.approx(math.log(64), abs=1e-4) and stats["top1"] == 0 and stats["std"].item() == pytest.approx(0, abs=1e-6)
+    assert (
+        loss.item() == pytest.approx(math.log(64), abs=1e-4)
+        and stats["top1"] == 0
+        and stats["std"].item() == pytest.approx(0, abs=1e-6)
+    )
     assert stats["rank"].item() == stats["key_rank"].item() == pytest.approx(1, abs=1e-6)
 
 
 def test_effective_rank():
-    """By numpy's singular values; d equal directions are d dimensions; and report=False changes nothing but the stats."""
+    """By numpy's singular values; d equal directions are d dimensions; and report=False changes nothing but the
+    stats.
+    """
     torch.manual_seed(0)
     z = torch.randn(300, 16) * torch.linspace(0.1, 2, 16)
     s = np.linalg.svd(z.double().numpy(), compute_uv=False)
@@ -82,7 +103,9 @@ def test_half_precision_features_are_compared_in_float32():
 
 
 def embeddings(model, view):
-    """What the losses compare, step by step as the paper says it, from the parts of the model: f_alpha, f_beta (Eq. 4), f_alpha, f_gamma (Eq. 7)."""
+    """What the losses compare, step by step as the paper says it, from the parts of the model: f_alpha, f_beta (Eq. 4),
+    f_alpha, f_gamma (Eq. 7).
+    """
     c, B = model.c, len(view["alpha"])
     places, features = model.pts_backbone(torch.cat([view["alpha"], view["beta"]]))
     z = model.mlp_intro_points(features.flatten(0, 1)).view(2 * B, c.places, -1)
@@ -98,12 +121,19 @@ def embeddings(model, view):
         inside = data.inside_image(uv, depth, *view["image"].shape[:1:-1])
         rows.append(features[b][inside].detach())
         gamma.append(ops.bilinear_sample(feature_map[b : b + 1], uv[None] / 32)[0][inside])
-    return torch.cat(f_alpha), torch.cat(f_beta), model.mlp_cross_points(torch.cat(rows)), model.mlp_cross_img(torch.cat(gamma))
+    return (
+        torch.cat(f_alpha),
+        torch.cat(f_beta),
+        model.mlp_cross_points(torch.cat(rows)),
+        model.mlp_cross_img(torch.cat(gamma)),
+    )
 
 
 @pytest.mark.parametrize("crop", [False, True])
 def test_model_losses_equal_the_equations(view, crop):
-    """With `crop` the image has moved, so that a third of the places fall outside: those pairs leave Eq. 7, and only that."""
+    """With `crop` the image has moved, so that a third of the places fall outside: those pairs leave Eq. 7, and only
+    that.
+    """
     if crop:
         view = dict(view, lidar2img=torch.tensor([[1.0, 0, 50], [0, 1, 10], [0, 0, 1]]) @ view["lidar2img"])
     model = build(TINY)
@@ -131,7 +161,12 @@ def gradients(c, view):
 
 def test_inter_loss_teaches_no_points_and_intra_loss_no_image(view):
     _, stats, grads, _ = gradients(tiny(intra_weight=0.0), view)
-    assert grads["pts_backbone"] is None and grads["img_backbone"] > 0 and grads["mlp_cross_points"] > 0 and grads["mlp_cross_img"] > 0
+    assert (
+        grads["pts_backbone"] is None
+        and grads["img_backbone"] > 0
+        and grads["mlp_cross_points"] > 0
+        and grads["mlp_cross_img"] > 0
+    )
     assert "mlp_intro_points" not in grads and "intra" not in stats
     _, stats, grads, _ = gradients(tiny(inter_weight=0.0), view)
     assert grads["pts_backbone"] > 0 and grads["mlp_intro_points"] > 0
@@ -180,7 +215,9 @@ def test_temperature_and_matching_do_what_they_say(view):
     assert warm["intra"].item() == pytest.approx(warm["intra_chance"].item(), abs=1e-2)
     assert warm["intra_top1"] == base["intra_top1"] and warm["inter_top1"] == base["inter_top1"]
     _, greedy, _, _ = gradients(tiny(matching="greedy"), view)
-    assert greedy["match_m"] > base["match_m"] and greedy["inter"].item() == pytest.approx(base["inter"].item(), abs=1e-4)
+    assert greedy["match_m"] > base["match_m"] and greedy["inter"].item() == pytest.approx(
+        base["inter"].item(), abs=1e-4
+    )
 
 
 def test_use_xyz_changes_the_point_encoder_only(view):
@@ -191,7 +228,17 @@ def test_use_xyz_changes_the_point_encoder_only(view):
     assert shapes(model) == shapes(plain) and stats["intra"].item() != pytest.approx(base["intra"].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"intra_weight": 0.0}, {"inter_weight": 0.0}, {"inter_query": "image"}, {"use_xyz": True}, {"image_optimizer": "adamw"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"intra_weight": 0.0},
+        {"inter_weight": 0.0},
+        {"inter_query": "image"},
+        {"use_xyz": True},
+        {"image_optimizer": "adamw"},
+    ],
+)
 def test_every_parameter_learns_in_exactly_one_optimizer(view, changes):
     _, _, _, model = gradients(tiny(**changes), view)
     optimizers = simipu.build_optimizers(model, model.c)
@@ -203,3 +250,45 @@ def test_every_parameter_learns_in_exactly_one_optimizer(view, changes):
     for optimizer in optimizers:
         kinds = {id(p) in points for g in optimizer.param_groups for p in g["params"]}
         assert kinds == {isinstance(optimizer, torch.optim.AdamW)} or changes.get("image_optimizer") == "adamw"
+
+
+# -----------------------------------------------------------------------------
+# V7: places that coincide
+
+
+def test_coinciding_places_have_one_number():
+    places = torch.tensor(
+        [[[0.0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1]], [[0.0, 0, 0], [2, 0, 0], [2, 0, 0], [2, 0, 0]]]
+    )
+    assert simipu.coinciding(places).tolist() == [[0, 1, 0, 3], [4, 5, 5, 5]]
+
+
+def test_a_tie_with_a_twin_is_a_success_and_dropped_twins_are_no_candidates():
+    g = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(5, 8, generator=g, dtype=torch.float64), dim=1)
+    rows = torch.cat([rows, rows[:2]])  # rows 5 and 6 are of the same places as 0 and 1
+    spot = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    _, alone = simipu.info_nce(rows, rows, 0.07)
+    _, known = simipu.info_nce(rows, rows, 0.07, spot=spot)
+    assert alone["top1"].item() == pytest.approx(3 / 7) and known["top1"].item() == 1
+    loss, _ = simipu.info_nce(rows, rows, 0.07, spot=spot, drop_twins=True)
+    logits = rows @ rows.T / 0.07
+    by_hand = []
+    for i in range(7):
+        candidates = [j for j in range(7) if j == i or spot[j] != spot[i]]
+        by_hand.append(torch.logsumexp(logits[i, candidates], 0) - logits[i, i])
+    assert loss.item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-6)
+    assert loss < simipu.info_nce(rows, rows, 0.07)[0]
+
+
+def test_collapsed_features_still_score_0():
+    same = torch.ones(6, 4)
+    _, stats = simipu.info_nce(same, same, 0.07, spot=torch.tensor([0, 0, 1, 2, 3, 4]))
+    assert stats["top1"] == 0
+
+
+def test_twins_are_counted(view):
+    _, stats = build(TINY)(view)
+    assert 0 < stats["twins"] < 0.6
+    loss, _ = build(tiny(drop_twins=True))(view)
+    assert loss < build(TINY)(view)[0]

@@ -77,17 +77,41 @@ def test_doubled_points_are_given_away_once():
     assert abs(total(a, b, simipu.match_places(a, b)) - cost[linear_sum_assignment(cost)].sum()) < 1e-9
 
 
-def test_greedy_takes_the_nearest_free_place_in_turn():
+def test_greedy_orders_by_hand():
     a = np.array([[0.0, 0, 0], [1, 0, 0], [2, 0, 0]])
-    b = np.array([[1.1, 0, 0], [-5, 0, 0], [1.9, 0, 0]])
-    assert simipu.match_places(a, b, "greedy").tolist() == [0, 2, 1]  # the second would rather have had 0, the third 2
-    assert simipu.match_places(a, b).tolist() == [1, 0, 2]
+    b = np.array([[1.2, 0, 0], [-5, 0, 0], [1.9, 0, 0]])
+    assert simipu.match_places(a, b, "rowwise").tolist() == [0, 2, 1]  # the second would rather have had 0, the third 2
+    assert simipu.match_places(a, b, "greedy").tolist() == [1, 0, 2]  # 2 with 2, then 1 with 0, and what is left
 
 
-@pytest.mark.parametrize("method", ["hungarian", "greedy"])
+def test_greedy_is_the_nearest_pair_first():
+    """V14: against a plain loop over all pairs by rising cost; ties included, where the total is what is defined."""
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 17, 60):
+        a, b = rng.normal(size=(2, size, 3))
+        cost = cdist(a, b)
+        partner, taken = np.full(size, -1), set()
+        for i, j in sorted(np.ndindex(size, size), key=lambda pair: cost[pair]):
+            if partner[i] < 0 and j not in taken:
+                partner[i] = j
+                taken.add(j)
+        assert np.array_equal(simipu.match_places(a, b, "greedy"), partner)
+    whole = rng.integers(0, 3, (2, 40, 3)).astype(float)  # places that coincide, and many equal distances
+    found = simipu.match_places(*whole, "greedy")
+    assert sorted(found) == list(range(40))
+    order = [total(*whole, simipu.match_places(*whole, method)) for method in ("hungarian", "greedy")]
+    assert order[0] <= order[1]
+
+
+@pytest.mark.parametrize("method", ["hungarian", "greedy", "rowwise"])
 def test_matching_in_the_background(scenes, method):
-    """A batch, through the threads: the same pairs, distances in metres of view alpha whatever the scale of T, visible rows."""
-    triples = [places_of_two_views(f, places=64, num_points=1024, seed=i) for i, f in enumerate(data_kitti.find_frames(scenes)[:3])]
+    """A batch, through the threads: the same pairs, distances in metres of view alpha whatever the scale of T, visible
+    rows.
+    """
+    triples = [
+        places_of_two_views(f, places=64, num_points=1024, seed=i)
+        for i, f in enumerate(data_kitti.find_frames(scenes)[:3])
+    ]
     a, b, T = (torch.cat(t) for t in zip(*triples))
     visible = torch.rand(3, 64) < 0.7
     partner, distance, rows = simipu.match_in_background(a, b, T, visible, method)()
@@ -97,4 +121,6 @@ def test_matching_in_the_background(scenes, method):
         assert np.array_equal(partner[i], simipu.match_places(x, y, method))
         back = np.linalg.inv(T[i].double().numpy())
         in_alpha = y @ back[:3, :3].T + back[:3, 3]
-        np.testing.assert_allclose(distance[i], np.linalg.norm(a[i].double().numpy() - in_alpha[partner[i]], axis=1), atol=1e-6)
+        np.testing.assert_allclose(
+            distance[i], np.linalg.norm(a[i].double().numpy() - in_alpha[partner[i]], axis=1), atol=1e-6
+        )

@@ -1,10 +1,13 @@
-"""The point-wise form of the encoder is the grouped form: forward, running statistics, every gradient."""
+"""The point-wise form of the point encoder is the grouped form; batch norm over ranks; where the cells of maps are."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -27,7 +30,9 @@ def real_cloud(root, split, num_points, count):
 
 
 class Reference(nn.Module):
-    """A set abstraction as the paper draws it: group, shared MLP of Conv2d, BatchNorm2d, ReLU, maximum over the group."""
+    """A set abstraction as the paper draws it: group, shared MLP of Conv2d, BatchNorm2d, ReLU, maximum over the
+    group.
+    """
 
     def __init__(self, sa):
         super().__init__()
@@ -74,7 +79,9 @@ def test_set_abstraction_equals_the_textbook_form(form):
     ref, dx_ref = run(reference, xyz, features, centers)
     torch.testing.assert_close(out, ref, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(dx, dx_ref, rtol=1e-9, atol=1e-9)
-    grads = {n.replace("layer", "").replace(".conv.", ".0.").replace(".bn.", ".1."): p for n, p in sa.named_parameters()}
+    grads = {
+        n.replace("layer", "").replace(".conv.", ".0.").replace(".bn.", ".1."): p for n, p in sa.named_parameters()
+    }
     for n, p in grads.items():  # mlps.I.J.{0: conv, 1: bn}.* is mlps.I.(3 J + {0, 1}).* of the reference
         _, i, j, part, kind = n.split(".")
         ref_p = dict(reference.named_parameters())[f"mlps.{i}.{3 * int(j) + int(part)}.{kind}"]
@@ -86,16 +93,23 @@ def test_set_abstraction_equals_the_textbook_form(form):
             torch.testing.assert_close(bn.running_mean, ref_bn.running_mean, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(bn.running_var, ref_bn.running_var, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(sa.eval()(xyz, features, centers), reference.eval()(xyz, features, centers), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            sa.eval()(xyz, features, centers), reference.eval()(xyz, features, centers), rtol=1e-10, atol=1e-10
+        )
 
 
 def test_counted_norm_equals_batch_norm_of_repeated_rows():
     torch.manual_seed(0)
     x = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
     count = torch.randint(0, 5, (30,))
-    weight, bias = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    weight, bias = (
+        torch.randn(4, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, dtype=torch.float64, requires_grad=True),
+    )
     apply = lambda x, w, b: encoders.CountedNormReLU.apply(x, count, w, b, 1e-3)[0]
-    repeated = lambda x, w, b: torch.relu(nn.functional.batch_norm(x.repeat_interleave(count, 0), None, None, w, b, True, eps=1e-3))
+    repeated = lambda x, w, b: torch.relu(
+        nn.functional.batch_norm(x.repeat_interleave(count, 0), None, None, w, b, True, eps=1e-3)
+    )
     torch.testing.assert_close(apply(x, weight, bias).repeat_interleave(count, 0), repeated(x, weight, bias))
     # a gathered maximum sends each row one gradient, however often the row was counted: weigh one copy of each
     first = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)[:-1]])[count > 0]
@@ -138,7 +152,9 @@ def traced():
 
 
 def test_encoder_follows_the_table(traced):
-    """Counts for P = 64 places: 16P points, 4P, P + P, P/2 + P/2; radii, neighbours, channels of the design's (the release's) table."""
+    """Counts for P = 64 places: 16P points, 4P, P + P, P/2 + P/2; radii, neighbours, channels of the design's (the
+    release's) table.
+    """
     encoder, calls, places, features = traced
     assert calls == [
         (1024, 256, 0.0, 0.2, 32), (1024, 256, 0.2, 0.4, 32), (1024, 256, 0.4, 0.8, 64),
@@ -151,8 +167,16 @@ def test_encoder_follows_the_table(traced):
     assert shape["SA_modules.0.mlps.2.layer2.conv.weight"] == (128, 64, 1, 1)
     assert shape["SA_modules.1.mlps.2.layer0.conv.weight"] == (128, 128, 1, 1)
     assert shape["SA_modules.2.mlps.2.layer2.conv.weight"] == (512, 256, 1, 1)
-    assert [shape[f"aggregation_mlps.{i}.conv.weight"] for i in range(3)] == [(128, 256, 1), (256, 512, 1), (1024, 1024, 1)]
-    assert encoders.PointEncoder(1024).places == 1024 and simipu.Config().places == 1024 and simipu.Config().num_points == 16384
+    assert [shape[f"aggregation_mlps.{i}.conv.weight"] for i in range(3)] == [
+        (128, 256, 1),
+        (256, 512, 1),
+        (1024, 1024, 1),
+    ]
+    assert (
+        encoders.PointEncoder(1024).places == 1024
+        and simipu.Config().places == 1024
+        and simipu.Config().num_points == 16384
+    )
     assert encoders.PointEncoder(4, use_xyz=True).SA_modules[0].mlps[0].layer0.conv.weight.shape == (32, 4, 1, 1)
 
 
@@ -169,10 +193,16 @@ def literal_forward(encoder, points):
         if stage == 0:
             index = ops.furthest_point_sample(xyz, 4 * P)
         elif stage == 1:
-            index = torch.cat([ops.furthest_point_sample_features(xyz, features, P), ops.furthest_point_sample(xyz, P)], 1)
+            index = torch.cat(
+                [ops.furthest_point_sample_features(xyz, features, P), ops.furthest_point_sample(xyz, P)], 1
+            )
         else:
-            by_feature = ops.furthest_point_sample_features(xyz[:, : P // 2].contiguous(), features[:, : P // 2], P // 2)
-            index = torch.cat([by_feature, P // 2 + ops.furthest_point_sample(xyz[:, P // 2 :].contiguous(), P // 2)], 1)
+            by_feature = ops.furthest_point_sample_features(
+                xyz[:, : P // 2].contiguous(), features[:, : P // 2], P // 2
+            )
+            index = torch.cat(
+                [by_feature, P // 2 + ops.furthest_point_sample(xyz[:, P // 2 :].contiguous(), P // 2)], 1
+            )
         centers = xyz.gather(1, index[..., None].expand(-1, -1, 3))
         features = aggregate(sa(xyz, features, centers))
         xyz = centers
@@ -180,8 +210,9 @@ def literal_forward(encoder, points):
 
 
 def check_identities(points, P):
-    """SA2's D-FPS takes the first P, SA3's F-FPS of P/2 of P/2 permutes: left out, the encoder finds the same places, with the
-    same features, the first half of them in another order."""
+    """SA2's D-FPS takes the first P, SA3's F-FPS of P/2 of P/2 permutes: left out, the encoder finds the same places,
+    with the same features, the first half of them in another order.
+    """
     torch.manual_seed(0)
     encoder = encoders.PointEncoder(P).train()
     with torch.no_grad():
@@ -203,7 +234,9 @@ def test_sampling_identities_on_real_clouds(kitti):
 
 
 def test_encoder_does_not_see_the_order_of_the_cloud(scenes):
-    """Farthest point sampling starts at point 0, and a full ball keeps its first k points; all else is a set function."""
+    """Farthest point sampling starts at point 0, and a full ball keeps its first k points; all else is a set
+    function.
+    """
     torch.manual_seed(0)
     encoder = encoders.PointEncoder(32).eval()
     for sa in encoder.SA_modules:
@@ -215,3 +248,131 @@ def test_encoder_does_not_see_the_order_of_the_cloud(scenes):
     nearest = torch.cdist(pa, pb, compute_mode="donot_use_mm_for_euclid_dist").argmin(2)
     torch.testing.assert_close(pb.gather(1, nearest[..., None].expand(-1, -1, 3)), pa)
     torch.testing.assert_close(fb.gather(1, nearest[..., None].expand_as(fb)), fa, rtol=1e-4, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# V8: batch norm of image encoders over ranks
+
+
+def _shared_worker(rank, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=2)
+    encoder, images, coefficients = _shared_problem()
+    assert encoders.share_batch_norm(encoder) == 0
+    mine = slice(0, 1) if rank == 0 else slice(1, 4)
+    part = images[mine].clone().requires_grad_()
+    (encoder(part) * coefficients[mine]).sum().backward()
+    grads = [p.grad for p in encoder.parameters()]
+    for g in grads:
+        torch.distributed.all_reduce(g)
+    torch.save({"dx": part.grad, "grads": grads, "buffers": list(encoder.buffers())}, f"{out}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def _shared_problem():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    shape = (4, 2, 6, 7)
+    images, coefficients = torch.randn(4, 3, 8, 9, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    return encoder.double(), images, coefficients
+
+
+def test_shared_batch_norm_equals_one_process_on_all_images(tmp_path):
+    """Ranks with different numbers of images; outputs' gradients, weights' gradients and running figures."""
+    mp.spawn(_shared_worker, (tmp_path / "shared",), nprocs=2)
+    ranks = [torch.load(tmp_path / f"shared.{rank}") for rank in range(2)]
+    encoder, images, coefficients = _shared_problem()
+    images.requires_grad_()
+    (encoder(images) * coefficients).sum().backward()
+    torch.testing.assert_close(torch.cat([r["dx"] for r in ranks]), images.grad)
+    for r in ranks:
+        torch.testing.assert_close(r["grads"], [p.grad for p in encoder.parameters()])
+        torch.testing.assert_close(r["buffers"], list(encoder.buffers()))
+
+
+def test_norms_that_cannot_be_shared_are_counted():
+    class Fused(nn.BatchNorm2d):  # as timm's, with an activation
+        pass
+
+    encoder = nn.Sequential(nn.BatchNorm2d(2), Fused(2))
+    assert encoders.share_batch_norm(encoder) == 1
+    assert type(encoder[0]) is encoders.SharedBatchNorm and type(encoder[1]) is Fused
+
+
+# -----------------------------------------------------------------------------
+# V2: where the cells of any encoder's maps are centred
+
+
+class SamePad(nn.Conv2d):
+    """TensorFlow's padding: what does not come out even goes to the right."""
+
+    def forward(self, x):
+        total = self.kernel_size[0] - self.stride[0]
+        return super().forward(F.pad(x, (total // 2, total - total // 2) * 2))
+
+
+class Pooled(nn.Module):
+    """The shortcut of a ResNet-D: average pooling subsamples."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.pool, self.conv = nn.AvgPool2d(2), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return self.conv(self.pool(x))
+
+
+class Attention(nn.Module):
+    """A layer of a ViT, a little of everything in each cell."""
+
+    def forward(self, x):
+        rows = x.flatten(2)  # (B, C, n)
+        mixed = (rows.transpose(1, 2) @ rows / 8).softmax(-1)  # (B, n, n)
+        return x + 0.1 * (rows @ mixed.transpose(1, 2)).view_as(x)
+
+
+FAMILIES = {  # layers, stride, offset: output cell i is centred on input pixel stride * i + offset
+    "ResNet": ([nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)], 8, 0),
+    "ResNet-D": ([nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), Pooled(8), Pooled(8)], 16, 6),
+    "ConvNeXt": ([nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 8, 7, 1, 3), nn.Conv2d(8, 8, 2, 2)], 8, 3.5),
+    "EfficientNet": ([nn.Conv2d(3, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 8, 5, 2, 2), nn.Conv2d(8, 8, 3, 2, 1)], 8, 0),
+    "EfficientNet, TensorFlow": ([SamePad(3, 8, 3, 2), nn.SiLU(), SamePad(8, 8, 5, 2), SamePad(8, 8, 3, 2)], 8, 7),
+    "ViT": ([nn.Conv2d(3, 8, 16, 16), Attention(), Attention()], 16, 7.5),
+}
+
+
+def receptive_field(encoder, cell, size):
+    """First and last input pixel of a row that can change a cell: by changing them."""
+    image = torch.zeros(1, 3, size, size)
+    before = encoder(image)[0][0, :, cell, cell]
+    change = [float((encoder(image.clone().index_fill_(3, torch.tensor([u]), 5.0))[0][0, :, cell, cell] - before).abs().max())
+              for u in range(size)]  # fmt: skip
+    hits = [u for u, c in enumerate(change) if c > 0.05 * max(change)]
+    return hits[0], hits[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offsets_are_the_centres_of_receptive_fields(family):
+    layers, stride, offset = FAMILIES[family]
+    torch.manual_seed(1)
+    network = nn.Sequential(*copy.deepcopy(layers))
+    encoder = lambda image: [network(image)]
+    encoder.training, encoder.eval, encoder.train = False, lambda: encoder, lambda mode: None
+    (found,) = encoders.measure_offsets(encoder, [stride], size=128)
+    assert abs(found - offset) <= 1.0
+    with torch.no_grad():
+        first, last = receptive_field(encoder, 128 // stride // 2, 128)
+    assert abs((first + last) / 2 - stride * (128 // stride // 2) - found) <= 3
+
+
+def test_offsets_of_our_own_are_measured_as_said():
+    torch.manual_seed(0)
+    encoder = encoders.build_image_encoder("resnet18")
+    found = encoders.measure_offsets(encoder, encoder.strides)
+    assert encoder.training and np.abs(np.subtract(found, encoder.offsets)).max() <= 2.5
+
+
+def test_cells_are_where_pixels_are():
+    encoder = SimpleNamespace(strides=(4, 16), offsets=(1.5, 7.5))
+    uv = torch.tensor([[7.5, 23.5], [1.5, 0.0]])
+    assert encoders.cells(encoder, uv).tolist() == [[0, 1], [-0.375, -0.46875]]
+    assert encoders.cells(encoder, uv, 0).tolist() == [[1.5, 5.5], [0, -0.375]]
