@@ -1,29 +1,29 @@
 """Sparse 3D convolution in plain torch, exact: submanifold and strided, on the voxels that hold something.
 
-    Grid((D, H, W))                                       cells; a cell of a batch is one int64 key
-    voxelize(xyz, frame, start, size, grid)               (N, 3), (N,) -> keys (M,), row of each point (N,)
-    pyramid_keys(keys, grid, windows)                     -> the keys of all stages, [(M0,), (M1,), ...]
-    batch_keys(keys of each frame, grid)                  -> the same for a batch, from frames done one by one in loading workers
-    pyramid(keys of all stages, grid, windows)            -> [Level]: who is whose neighbour, for every layer
-    sparse_conv(x, weight, table)                         (N, C_in), (kd, kh, kw, C_in, C_out) -> (M, C_out)   differentiable
-    SparseConv3d, SparseBlock                             the layer; layer, batch norm, ReLU
-    to_dense(x, keys, grid, frames)                       (M, C) -> (B, C, D, H, W)                            differentiable
+    Grid((D, H, W))                                cells; a cell of a batch is one int64 key
+    voxelize(xyz, frame, start, size, grid)        (N, 3), (N,) -> keys (M,) and the row of each point (N,)
+    pyramid_keys(keys, grid, windows)              -> the keys of all stages, [(M0,), (M1,), ...]
+    batch_keys(keys of each frame, grid)           -> the keys of a batch, of frames that loading workers did singly
+    pyramid(keys of all stages, grid, windows)     -> [Level]: who is whose neighbour, for every layer
+    sparse_conv(x, weight, table)                  (N, C_in), (kd, kh, kw, C_in, C_out) -> (M, C_out)   differentiable
+    SparseConv3d, SparseBlock                      the layer; the layer, batch norm, ReLU
+    to_dense(x, keys, grid, frames)                (M, C) -> (frames, C, D, H, W)                       differentiable
 
-One stage of an encoder, and the layer that leads to the next:
+A stage of an encoder, and the layer that leads to the next:
 
-    half = Window((3, 3, 3), (2, 2, 2), (1, 1, 1))
-    keys, rows = voxelize(xyz, frame, (0, -40, -3), (.05, .05, .1), grid := Grid((41, 1600, 1408)))
+    grid, half = Grid((41, 1600, 1408)), Window((3, 3, 3), (2, 2, 2), (1, 1, 1))
+    keys, rows = voxelize(xyz, frame, (0, -40, -3), (0.05, 0.05, 0.1), grid)
     first, second = pyramid(pyramid_keys(keys, grid, [half]), grid, [half])
-    x = block2(block1(x, first.around), first.down)       # SparseBlock(16, 16), SparseBlock(16, 32)
+    x = block2(block1(x, first.around), first.down)    # SparseBlock(16, 16), SparseBlock(16, 32)
 
 What can be relied on:
-- The result is that of `conv3d` on the dense grid, read at the active cells. A submanifold layer (`around`) keeps the active cells; a
-  strided layer (`down`) makes every cell active whose window holds an active one, as spconv's two layers do.
-- Rows are in the order of their keys: frame, z, y, x. The order of the points changes nothing but the rounding of the caller's means.
-- Tables depend on coordinates alone. Only `voxelize` and `pyramid_keys` wait for the device, because they count; in loading workers, on the
-  CPU, they keep no device waiting. Everything else knows its sizes beforehand, and waits only where impl="pairs" does.
-- A frame without voxels, one voxel, no voxel at all: everything works on (0, C) too, gradients included (zeros, not None).
-- Half precision and autocast: sums are accumulated in float32, results are of the type of x.
+- The result is that of `conv3d` on the dense grid, read at the active cells. A submanifold layer (`around`) keeps the
+  active cells; a strided layer (`down`) makes every cell active whose window holds an active one, as spconv's do.
+- Rows are in the order of their keys (frame, z, y, x), whatever the order of the points.
+- Tables depend on coordinates alone. Only `voxelize` and `pyramid_keys` wait for the device, because they count; in
+  loading workers they run on the CPU. All else knows its sizes beforehand, and waits only where impl="pairs" does.
+- A frame without voxels, one voxel, no voxel at all: everything works on (0, C) too, and gradients are zeros, not None.
+- In half precision and under autocast, sums are accumulated in float32.
 """
 
 import math
@@ -49,8 +49,8 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells (D, H, W). With a border of one cell on every side, a neighbour's key is key + constant and no neighbour is ever mistaken for
-    a cell of the next row, plane or frame; so no bounds need testing."""
+    """Cells (D, H, W). Keys count a border of one cell on every side, too: so a neighbour's key is key + constant, and
+    no neighbour is mistaken for a cell of the next row, plane or frame."""
 
     shape: tuple
 
@@ -80,22 +80,23 @@ class Grid:
 def voxelize(xyz, frame, start, size, grid):
     """Dynamic voxelisation: every voxel that holds a point, every point of it; nothing is dropped or capped.
 
-    xyz (N, 3) float32, metres; frame (N,) int64, the point's frame in the batch; start (x, y, z), the lower corner of the range, and size
-    (x, y, z) of a voxel, metres. Returns keys (M,) int64, sorted, and the row of each point (N,) int64: `index_add`, `index_reduce` and
-    `x[rows]` go from points to voxels and back. Points must lie in the range: one outside counts to the nearest voxel on the border (in
-    float32, 39.999999 m + 40 m is 80 m, one cell too far).
+    xyz (N, 3) float32, metres; frame (N,) int64, the frame of each point in the batch; start (x, y, z), the lower corner
+    of the range, and size (x, y, z) of a voxel, metres. Returns keys (M,) int64, sorted, and the row of each point (N,)
+    int64: `index_add` takes points to voxels, `x[rows]` takes them back. Cut points to the range before: one outside
+    counts to the nearest voxel of the border.
     """
-    # Times 1 / size: divided by a number, a CPU and a GPU would round differently, and a point on an edge would change its voxel.
-    cells = [
-        ((xyz[:, axis] - start[axis]) * (1 / size[axis])).floor().long().clamp(0, grid.shape[2 - axis] - 1)
-        for axis in range(3)
-    ]
-    return torch.unique(grid.encode(frame, *cells[::-1]), return_inverse=True)
+    cells = []
+    for axis, cells_along in enumerate(grid.shape[::-1]):
+        # Times 1 / size, since a CPU and a GPU round a division differently. The clamp: in float32 39.999999 + 40 is 80.
+        position = (xyz[:, axis] - start[axis]) * (1 / size[axis])
+        cells.append(position.floor().long().clamp(0, cells_along - 1))
+    x, y, z = cells
+    return torch.unique(grid.encode(frame, z, y, x), return_inverse=True)
 
 
 def pyramid_keys(keys, grid, windows):
-    """The active cells of every stage: keys (M0,) of the first, in `grid`, and the windows of the strided layers between stages.
-    Returns [keys of stage 0, 1, ...], each (M,) int64, sorted."""
+    """keys (M0,) of the first stage's active cells, in `grid`; the windows of the strided layers between stages -> the
+    keys of every stage, [(M0,), (M1,), ...] int64, sorted."""
     stages = [keys]
     for window in windows:
         outputs, _, inside = _windows_over(stages[-1], grid, window)
@@ -105,8 +106,8 @@ def pyramid_keys(keys, grid, windows):
 
 
 def batch_keys(frames, grid):
-    """The keys of one stage of several frames, each made with frame = 0 -> those of the batch (M,). A row of frame b is then its row among
-    its own keys plus the number of keys of the frames before."""
+    """One stage's keys of several frames, each made with frame = 0 -> those of the batch (M,). A row of frame b becomes
+    its own row plus the number of keys of the frames before it."""
     return torch.cat([keys + b * grid.strides[0] for b, keys in enumerate(frames)])
 
 
@@ -127,39 +128,43 @@ def to_dense(x, keys, grid, frames):
 class Table:
     """The neighbours that one layer needs, or several: submanifold layers of a stage share theirs.
 
-    inputs (K, M) int32: for each kernel cell and output row the input row, N where there is none; K = kd * kh * kw, x fastest.
-    outputs (K, N) int32, the transpose: for each kernel cell and input row the output row that takes it, M where there is none.
+    kernel (kd, kh, kw); K = kd * kh * kw cells, x fastest.
+    inputs (K, M) int32: for each kernel cell and output row the input row, N where there is none.
+    outputs (K, N) int32, the transpose: for each kernel cell and input row the output row that takes it, or M.
     centre: the kernel cell at which each output row takes the input row of the same number, or None.
     """
 
+    kernel: tuple
     inputs: torch.Tensor
     outputs: torch.Tensor
     centre: int | None
 
     @cached_property
     def pairs(self):
-        """[(kernel cell, input rows, output rows)] without the centre. Waits for the device."""
+        """[(kernel cell, input rows, output rows)] of all kernel cells but the centre. Waits for the device."""
         hit = self.inputs < self.outputs.shape[1]
         if self.centre is not None:
             hit[self.centre] = False
         flat = hit.flatten().nonzero().squeeze(1)
         counts = hit.sum(1).tolist()
-        inputs = self.inputs.flatten().index_select(0, flat)
+        inputs = self.inputs.flatten().index_select(0, flat).long()  # index_add_ is twice as slow with int32
         by_cell = enumerate(zip(inputs.split(counts), flat.split(counts)))
         return [(k, i, o - k * hit.shape[1]) for k, (i, o) in by_cell if len(o)]
 
     @cached_property
     def input_rows(self):
-        """(M * K,): the input rows of the first output row, of the second, ..."""
+        """(M * K,): the inputs of the first output row, of the second, ..."""
         return self.inputs.t().flatten()
 
     @cached_property
     def output_rows(self):
+        """(N * K,): the outputs of the first input row, of the second, ..."""
         return self.outputs.t().flatten()
 
 
 class Level(NamedTuple):
-    """A stage: its active cells, the table of its submanifold layers, and that of the strided layer to the next (the last has neither)."""
+    """A stage: its active cells, the table of its submanifold layers, that of the strided layer to the next stage. The
+    last stage has neither."""
 
     keys: torch.Tensor
     grid: Grid
@@ -168,7 +173,7 @@ class Level(NamedTuple):
 
 
 def pyramid(stages, grid, windows):
-    """All tables of an encoder: `stages` as pyramid_keys made them, on any device -> [Level], one for each stage. Never waits."""
+    """All tables of an encoder: the keys of pyramid_keys, on any device -> [Level], one for each. Never waits."""
     levels = []
     for keys, next_keys, window in zip(stages, stages[1:], windows):
         levels.append(Level(keys, grid, submanifold_table(keys, grid), strided_table(keys, grid, next_keys, window)))
@@ -179,9 +184,8 @@ def pyramid(stages, grid, windows):
 def submanifold_table(keys, grid):
     """The 3 x 3 x 3 neighbours of keys (M,) among themselves."""
     M, (_, plane, row, _) = len(keys), grid.strides
-    inputs = torch.full(
-        (27, M + 1), M, dtype=torch.int32, device=keys.device
-    )  # the last column takes what belongs nowhere
+    # One column more, for what belongs nowhere.
+    inputs = torch.full((27, M + 1), M, dtype=torch.int32, device=keys.device)
     me = torch.arange(M, dtype=torch.int32, device=keys.device)
     inputs[13, :M] = me
     # Half of the kernel, a row of three cells at a time. The other half is the same pairs, seen from the other side.
@@ -190,7 +194,7 @@ def submanifold_table(keys, grid):
             inputs[cell, :M] = found
             inputs[26 - cell, found] = me
     inputs = inputs[:, :M].contiguous()
-    return Table(inputs, inputs.flip(0), centre=13)
+    return Table((3, 3, 3), inputs, inputs.flip(0), centre=13)
 
 
 def strided_table(keys, grid, out_keys, window):
@@ -198,20 +202,20 @@ def strided_table(keys, grid, out_keys, window):
     N, M, K = len(keys), len(out_keys), math.prod(window.kernel)
     outputs, cell, inside = _windows_over(keys, grid, window)  # (z, y, x, N) each
     found = torch.stack(_find(out_keys, outputs[:, :, 0].contiguous(), outputs.shape[2]), 2)
+    nowhere = ~inside | (found == M)
     me = torch.arange(N, device=keys.device).expand_as(found)
-    known = inside & (found < M)
-    to_out = torch.full(
-        (K * N + 1,), M, dtype=torch.int32, device=keys.device
-    )  # the last element takes what belongs nowhere
-    to_out[torch.where(known, cell * N + me, K * N)] = found.int()
+    # One element more, for what belongs nowhere. masked_fill: torch.where would copy its number to the device, and wait.
+    to_out = torch.full((K * N + 1,), M, dtype=torch.int32, device=keys.device)
+    to_out[(cell * N + me).masked_fill(nowhere, K * N)] = found.int()
     to_in = torch.full((K * M + 1,), N, dtype=torch.int32, device=keys.device)
-    to_in[torch.where(known, cell * M + found, K * M)] = me.int()
-    return Table(to_in[:-1].view(K, M), to_out[:-1].view(K, N), centre=None)
+    to_in[(cell * M + found).masked_fill(nowhere, K * M)] = me.int()
+    return Table(window.kernel, to_in[:-1].view(K, M), to_out[:-1].view(K, N), centre=None)
 
 
 def _windows_over(keys, grid, window):
-    """For each cell the few windows that hold it: at stride 2 and kernel 3, two along each axis. Returns, each (z, y, x, N): the window's
-    key in the next grid, x ascending by ones; which cell of the kernel lies on us; and whether there is such a window at all."""
+    """The few windows that hold each cell: at stride 2 and kernel 3, at most two along each axis. Returns, (z, y, x, N)
+    each: the window's key in the next grid, along x one more each time; the kernel cell that lies on ours; whether
+    there is such a window at all."""
     frame, *cells = grid.decode(keys)
     outer = grid.after(window)
     positions, kernel_cells, inside = [], [], []
@@ -230,14 +234,14 @@ def _windows_over(keys, grid, window):
 
 
 def _find(keys, first, run):
-    """Rows of the keys first, first + 1, ..., first + run - 1 in `keys` (M,); M for those that are not there. One search serves them all:
-    in sorted keys, what follows a key by one can only be in the next row."""
+    """The rows of first, first + 1, ..., first + run - 1 among keys (M,), M for those that are not there. One search
+    serves them all: the keys are sorted, so what follows a key by one can only be in the next row."""
     row = torch.searchsorted(keys, first)
     guarded = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).min)])
     rows = []
     for step in range(run):
         hit = guarded[row] == first + step
-        rows.append(torch.where(hit, row, len(keys)))
+        rows.append(row.masked_fill(~hit, len(keys)))
         row = row + hit
     return rows
 
@@ -247,19 +251,19 @@ def _find(keys, first, run):
 
 
 def sparse_conv(x, weight, table, impl="auto"):
-    """x (N, C_in) any float type, weight (kd, kh, kw, C_in, C_out) -> (M, C_out) of the type of x, or of autocast.
+    """x (N, C_in) of any float type, weight (kd, kh, kw, C_in, C_out) -> (M, C_out) of the type of x, or of autocast.
 
-    impl "pairs": kernel cell by kernel cell, only pairs that exist; some 2 to 12 times less arithmetic. Waits for the device once a table.
-    impl "gemm": one gather, one matrix product over all kernel cells; never waits, no atomics, the same bits every time; columns of
-    27 C numbers a row. "auto" is pairs on a CPU, gemm elsewhere. ValueError where sizes disagree.
+    impl "pairs": for each kernel cell, only the pairs there are; 2 to 12 times less arithmetic. Waits for the device,
+    once per table. impl "gemm": one gather and one matrix product for all kernel cells; never waits, gives the same bits
+    every time (no atomics), takes memory for K C numbers per row. "auto" is pairs on a CPU, gemm elsewhere. ValueError
+    where sizes disagree.
     """
     if impl not in ("auto", "pairs", "gemm"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'pairs' or 'gemm'")
-    K, N = table.outputs.shape
-    if x.shape != (N, weight.shape[-2]) or weight[..., 0, 0].numel() != K:
-        raise ValueError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a table of {N} inputs, {K} kernel cells"
-        )
+    rows = table.outputs.shape[1]
+    if x.shape != (rows, weight.shape[3]) or weight.shape[:3] != table.kernel:
+        shapes = f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes} do not fit a table of {rows} rows and kernel {table.kernel}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -268,41 +272,42 @@ def sparse_conv(x, weight, table, impl="auto"):
 
 
 class _Pairs(torch.autograd.Function):
-    """For each kernel cell k and its pairs (i, o): out[o] += x[i] @ W[k]. No row occurs twice in a cell's i, nor in its o."""
+    """For each kernel cell k and its pairs (i, o): out[o] += x[i] @ W[k]. No row is twice in a cell's i, nor in its o."""
 
     @staticmethod
     def forward(ctx, x, weight, table):
         ctx.save_for_backward(x, weight)
         ctx.table = table
-        return _add_pairs(x, weight, table.pairs, table.centre, table.inputs.shape[1])
+        out = _sums(x, weight, table.centre, table.inputs.shape[1])
+        for k, i, o in table.pairs:
+            out.index_add_(0, o, (x.index_select(0, i) @ weight[k]).to(out.dtype))
+        return out.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (x, weight), table = ctx.saved_tensors, ctx.table
-        turned = [(k, o, i) for k, i, o in table.pairs]
-        gx = _add_pairs(g, weight.transpose(1, 2), turned, table.centre, len(x)) if ctx.needs_input_grad[0] else None
+        gx = _sums(g, weight.transpose(1, 2), table.centre, len(x))
         gw = torch.zeros_like(weight)
         if table.centre is not None:
-            torch.mm(x.t(), g, out=gw[table.centre])
+            gw[table.centre] = x.t() @ g
         for k, i, o in table.pairs:
-            torch.mm(x.index_select(0, i).t(), g.index_select(0, o), out=gw[k])
-        return gx, gw, None
+            rows = g.index_select(0, o)
+            gw[k] = x.index_select(0, i).t() @ rows
+            gx.index_add_(0, i, (rows @ weight[k].t()).to(gx.dtype))
+        return gx.to(x.dtype), gw, None
 
 
-def _add_pairs(x, weight, pairs, centre, rows):
-    total = torch.promote_types(x.dtype, torch.float32)
+def _sums(x, weight, centre, rows):
+    """What the pairs' products are added to, in float32 at least: the centre's products, or zeros."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if centre is None:
-        out = x.new_zeros(rows, weight.shape[2], dtype=total)
-    else:
-        out = (x @ weight[centre]).to(total)
-    for k, i, o in pairs:
-        out.index_add_(0, o, (x.index_select(0, i) @ weight[k]).to(total))
-    return out.to(x.dtype)
+        return x.new_zeros(rows, weight.shape[2], dtype=dtype)
+    return (x @ weight[centre]).to(dtype)
 
 
 class _Gemm(torch.autograd.Function):
-    """All kernel cells in one matrix product, of gathered rows or before the gather, whichever moves less."""
+    """All kernel cells in one matrix product: after the gather, or before it where that gathers less."""
 
     @staticmethod
     def forward(ctx, x, weight, table):
@@ -311,7 +316,7 @@ class _Gemm(torch.autograd.Function):
         K, C_in, C_out = weight.shape
         if C_out >= C_in:
             return _gather(x, table.input_rows, K) @ weight.flatten(0, 1)
-        # (N + 1, K * C_out), whose rows of C_out are then added up, in float32 whatever their type
+        # (N + 1, K * C_out): each row's K products, then added up (in float32, whatever their type) where they are wanted
         products = _padded(x) @ weight.transpose(0, 1).flatten(1)
         rows = table.input_rows.view(-1, K) * K + torch.arange(K, dtype=torch.int32, device=x.device)
         return F.embedding_bag(rows, products.view(-1, C_out), mode="sum")
@@ -343,7 +348,8 @@ def _gather(x, rows, K):
 class SparseConv3d(nn.Module):
     """A sparse convolution without bias; the table given to it decides whether it is submanifold or strided.
 
-    weight (kd, kh, kw, C_in, C_out), as spconv 1.x stores it, so that mmdetection3d's checkpoints load. Initialised as nn.Conv3d is.
+    weight (kd, kh, kw, C_in, C_out), as spconv 1.x stores it, so that mmdetection3d's checkpoints load. Its first values
+    are drawn as nn.Conv3d's are.
     """
 
     def __init__(self, in_channels, out_channels, kernel=(3, 3, 3), impl="auto"):
@@ -358,9 +364,10 @@ class SparseConv3d(nn.Module):
 
 
 class SparseBlock(nn.Sequential):
-    """Convolution, batch norm, ReLU on x (N, C_in) -> (M, C_out); parameters are called 0.weight, 1.weight, ... as in mmdetection3d.
+    """Convolution, batch norm, ReLU: x (N, C_in) -> (M, C_out). Parameters are 0.weight, 1.weight, ... as in mmdetection3d.
 
-    A single voxel has no variance, so a training step with fewer than two rows uses the running figures and leaves them as they are.
+    One voxel has no variance: with fewer than two rows, training uses the running figures and leaves them as they are.
+    Each rank decides this alone, so the norm must not be turned into a SyncBatchNorm.
     """
 
     def __init__(self, in_channels, out_channels, kernel=(3, 3, 3), eps=1e-3, momentum=0.01, impl="auto"):

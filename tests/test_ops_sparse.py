@@ -1,4 +1,4 @@
-"""ops_sparse.py against conv3d on the dense grid, in float64: active cells, outputs and all gradients, on every face of the grid and across frames."""
+"""ops_sparse.py against conv3d on the dense grid, in float64: active cells, outputs, gradients; every corner, two frames."""
 
 import itertools
 
@@ -149,7 +149,7 @@ def test_far_away_is_as_near_by():
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("channels", [(40, 48), (48, 40)])
 def test_bfloat16_is_as_exact_as_conv3d(channels, impl):
-    """Under autocast, against float64: at most twice the error of torch's own convolution; weights get float32 gradients."""
+    """Under autocast, against float64: at most twice the error of torch's own; weights get float32 gradients."""
     active = active_cells((5, 7, 6), density=0.8)
     table, _, window = table_of(active, None)
     x, weight = random(table.outputs.shape[1], channels[0]), random(3, 3, 3, *channels, seed=1)
@@ -318,7 +318,7 @@ def test_to_dense():
 
 
 def test_nothing_waits_once_keys_are_known(monkeypatch):
-    """Tensors without memory have no values to wait for: the whole training step runs on them; counting cells cannot."""
+    """Tensors without memory have no values to wait for: a whole step runs on them, but counting cells cannot."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which the meta device does not know
     keys, rows, _ = voxels(cloud(80), cloud(50, seed=1))
     stages = [keys.to("meta") for keys in sparse.pyramid_keys(keys, GRID, STAGES)]
