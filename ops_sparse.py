@@ -80,14 +80,14 @@ class Grid:
 def voxelize(xyz, frame, start, size, grid):
     """Dynamic voxelisation: every voxel that holds a point, every point of it; nothing is dropped or capped.
 
-    xyz (N, 3) float32, metres; frame (N,) int64, the frame of each point in the batch; start (x, y, z), the lower corner
-    of the range, and size (x, y, z) of a voxel, metres. Returns keys (M,) int64, sorted, and the row of each point (N,)
-    int64: `index_add` takes points to voxels, `x[rows]` takes them back. Cut points to the range before: one outside
-    counts to the nearest voxel of the border.
+    xyz (N, 3) float32, metres; frame (N,) int64, which frame of the batch a point is in; start (x, y, z), the lower
+    corner of the range, and size (x, y, z) of a voxel, metres. Returns keys (M,) int64, sorted, and the row of each
+    point (N,) int64: `index_add` takes points to voxels, `x[rows]` takes them back. Cut points to the range before: one
+    outside counts to the nearest voxel of the border.
     """
     cells = []
     for axis, cells_along in enumerate(grid.shape[::-1]):
-        # Times 1 / size, since a CPU and a GPU round a division differently. The clamp: in float32 39.999999 + 40 is 80.
+        # Times 1 / size: a CPU and a GPU round a division differently. The clamp: in float32 39.999999 + 40 is 80.
         position = (xyz[:, axis] - start[axis]) * (1 / size[axis])
         cells.append(position.floor().long().clamp(0, cells_along - 1))
     x, y, z = cells
@@ -204,7 +204,7 @@ def strided_table(keys, grid, out_keys, window):
     found = torch.stack(_find(out_keys, outputs[:, :, 0].contiguous(), outputs.shape[2]), 2)
     nowhere = ~inside | (found == M)
     me = torch.arange(N, device=keys.device).expand_as(found)
-    # One element more, for what belongs nowhere. masked_fill: torch.where would copy its number to the device, and wait.
+    # One element more, for what belongs nowhere. torch.where would copy its number to the device, and wait.
     to_out = torch.full((K * N + 1,), M, dtype=torch.int32, device=keys.device)
     to_out[(cell * N + me).masked_fill(nowhere, K * N)] = found.int()
     to_in = torch.full((K * M + 1,), N, dtype=torch.int32, device=keys.device)
@@ -253,10 +253,10 @@ def _find(keys, first, run):
 def sparse_conv(x, weight, table, impl="auto"):
     """x (N, C_in) of any float type, weight (kd, kh, kw, C_in, C_out) -> (M, C_out) of the type of x, or of autocast.
 
-    impl "pairs": for each kernel cell, only the pairs there are; 2 to 12 times less arithmetic. Waits for the device,
-    once per table. impl "gemm": one gather and one matrix product for all kernel cells; never waits, gives the same bits
-    every time (no atomics), takes memory for K C numbers per row. "auto" is pairs on a CPU, gemm elsewhere. ValueError
-    where sizes disagree.
+    impl "pairs": for each kernel cell, only the pairs there are; 2 to 12 times less arithmetic; waits for the device
+    once per table. impl "gemm": one gather and one matrix product for all kernel cells; never waits, gives the same
+    bits each time (no atomics), takes memory for K C numbers per row. "auto" is pairs on a CPU, gemm elsewhere.
+    ValueError where sizes disagree.
     """
     if impl not in ("auto", "pairs", "gemm"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'pairs' or 'gemm'")
@@ -272,7 +272,7 @@ def sparse_conv(x, weight, table, impl="auto"):
 
 
 class _Pairs(torch.autograd.Function):
-    """For each kernel cell k and its pairs (i, o): out[o] += x[i] @ W[k]. No row is twice in a cell's i, nor in its o."""
+    """For each kernel cell k and its pairs (i, o): out[o] += x[i] @ W[k]. No row is twice in an i, nor in an o."""
 
     @staticmethod
     def forward(ctx, x, weight, table):
@@ -316,7 +316,7 @@ class _Gemm(torch.autograd.Function):
         K, C_in, C_out = weight.shape
         if C_out >= C_in:
             return _gather(x, table.input_rows, K) @ weight.flatten(0, 1)
-        # (N + 1, K * C_out): each row's K products, then added up (in float32, whatever their type) where they are wanted
+        # (N + 1, K * C_out): each row's K products, then added up, in float32, where they are wanted
         products = _padded(x) @ weight.transpose(0, 1).flatten(1)
         rows = table.input_rows.view(-1, K) * K + torch.arange(K, dtype=torch.int32, device=x.device)
         return F.embedding_bag(rows, products.view(-1, C_out), mode="sum")
@@ -348,8 +348,8 @@ def _gather(x, rows, K):
 class SparseConv3d(nn.Module):
     """A sparse convolution without bias; the table given to it decides whether it is submanifold or strided.
 
-    weight (kd, kh, kw, C_in, C_out), as spconv 1.x stores it, so that mmdetection3d's checkpoints load. Its first values
-    are drawn as nn.Conv3d's are.
+    weight (kd, kh, kw, C_in, C_out), as spconv 1.x stores it, so that mmdetection3d's checkpoints load. It is drawn as
+    nn.Conv3d's is.
     """
 
     def __init__(self, in_channels, out_channels, kernel=(3, 3, 3), impl="auto"):
@@ -364,7 +364,8 @@ class SparseConv3d(nn.Module):
 
 
 class SparseBlock(nn.Sequential):
-    """Convolution, batch norm, ReLU: x (N, C_in) -> (M, C_out). Parameters are 0.weight, 1.weight, ... as in mmdetection3d.
+    """Convolution, batch norm, ReLU: x (N, C_in) -> (M, C_out). Parameters are 0.weight, 1.weight, ... as mmdetection3d
+    calls them.
 
     One voxel has no variance: with fewer than two rows, training uses the running figures and leaves them as they are.
     Each rank decides this alone, so the norm must not be turned into a SyncBatchNorm.

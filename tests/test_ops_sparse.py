@@ -1,4 +1,4 @@
-"""ops_sparse.py against conv3d on the dense grid, in float64: active cells, outputs, gradients; every corner, two frames."""
+"""ops_sparse.py against conv3d on the dense grid, in float64: active cells, outputs, gradients; corners, two frames."""
 
 import itertools
 
