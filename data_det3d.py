@@ -1,0 +1,405 @@
+"""Labelled frames for 3D detection, and MoCA: objects pasted from other frames, with their points and their pixels.
+
+MoCA (Zhang et al. 2020, as the official release has it): a bank holds every labelled object of the training frames, the
+points in its box and the pixels in its rectangle. A frame gets some of them, where they collide with nothing, and all
+objects are drawn far to near, the frame's own among them.
+
+Loading processes do what needs the points: read, paste, move the cloud by one similarity T, cut it to the range, find
+the voxels of every stage. The device augments images, as in pre-training: lidar2img holds T^-1, so that a moved point
+keeps its pixel. Frames hold different numbers of points and boxes: points of a batch lie end to end, boxes are padded.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import data_kitti
+import ops_boxes
+import ops_sparse
+import runtime
+from files import BadInput, writing
+
+CLASSES = ("Pedestrian", "Cyclist", "Car")  # in the release's order, which is that of its anchors
+PASTED = {"Car": 12, "Pedestrian": 6, "Cyclist": 6}  # objects of a frame after pasting, in the order of pasting (release)
+LEAST_POINTS = {"Car": 5, "Pedestrian": 10, "Cyclist": 10}  # of an object that is pasted (release)
+OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # a patch may lose one of these shares to another object's; drawn per class (release)
+HARD = (25, 2, 0.5)  # height above, occlusion and truncation at most: KITTI's "hard"; what is harder is not pasted
+BEAMS, LOWEST, HIGHEST = 64, -24.8, 2.0  # rows of a Velodyne HDL-64E, their elevations in degrees
+
+
+# -----------------------------------------------------------------------------
+# frames with their labels
+
+
+@dataclass
+class Scene:
+    """A frame and its objects. Boxes are those of ops_boxes, in the LiDAR frame; rects left, top, right, bottom, pixels."""
+
+    image: np.ndarray  # (H, W, 3) uint8
+    points: np.ndarray  # (N, 4) float32, in the camera's view
+    lidar2img: np.ndarray  # (3, 4) float64
+    boxes: np.ndarray  # (n, 7) float64
+    classes: np.ndarray  # (n,) index into CLASSES, -1 for everything else: Van, Truck, ...
+    rects: np.ndarray  # (n, 4) float64
+
+
+def read_scene(frame, keep_rows=1):
+    """A labelled frame -> Scene. keep_rows: only every n-th row of the LiDAR. Raises BadInput, which names the file."""
+    image, points, lidar2img = frame.read_image(), frame.read_points(), frame.lidar2img()
+    uv, depth = data.project(points.astype(np.float64), lidar2img)
+    points = points[data.inside_image(uv, depth, image.shape[1], image.shape[0])]
+    if keep_rows > 1:
+        points = points[lidar_rows(points) % keep_rows == 0]
+    types, numbers = data_kitti.read_labels(frame.label)
+    _, velo2cam = data_kitti.split_projection(frame)
+    boxes = ops_boxes.label_to_box(numbers[:, 7:14], velo2cam)
+    classes = np.array([CLASSES.index(t) if t in CLASSES else -1 for t in types], np.int64)
+    return Scene(image, points, lidar2img, boxes, classes, numbers[:, 3:7])
+
+
+def lidar_rows(points):
+    """Which of the sensor's rows each of points (N, 3+) is from, by its elevation: (N,) int64, the lowest is 0."""
+    elevation = np.degrees(np.arctan2(points[:, 2], np.linalg.norm(points[:, :2], axis=1)))
+    row = (elevation - LOWEST) / (HIGHEST - LOWEST) * (BEAMS - 1)
+    return np.rint(row).astype(np.int64)
+
+
+def find_frames(roots, splits, skip_missing=False):
+    """Frames that have labels. Raises BadInput as data_kitti.find_frames does, and for a frame without its label."""
+    frames = [f for root in roots for f in data_kitti.find_frames(root, splits, skip_missing=skip_missing)]
+    for f in frames:
+        if f.label is None:
+            raise BadInput(f"{f.image}: of a raw drive, which has no labels; detection wants KITTI's object layout")
+        if not f.label.is_file():
+            raise BadInput(f"{f.label}: missing; it holds the boxes of frame {f.name}")
+    return frames
+
+
+def projected_rect(boxes, lidar2img):
+    """The rectangles that hold the corners of boxes (n, 7) in an image -> (n, 4) left, top, right, bottom, pixels.
+
+    Not cut to the image. Corners behind the camera count as if they were a centimetre before it.
+    """
+    corners = ops_boxes.corners(boxes)  # (n, 8, 3)
+    uvw = corners @ lidar2img[:, :3].T + lidar2img[:, 3]
+    uv = uvw[..., :2] / np.maximum(uvw[..., 2:], 0.01)
+    return np.concatenate([uv.min(-2), uv.max(-2)], -1)
+
+
+# -----------------------------------------------------------------------------
+# the bank: all objects of the training frames, in one file
+
+ENTRY = np.dtype(
+    [
+        ("type", "i4"),  # index into CLASSES
+        ("frame", "i4"),
+        ("count", "i4"),  # of its points
+        ("rect", "i4", 4),  # whole pixels of its source image: left, top, right, bottom, the last two not included
+        ("at", "i8"),  # where its points begin in the file; the patch follows them
+        ("box", "f8", 7),
+        ("lidar2img", "f8", (3, 4)),  # of its source
+    ]
+)
+
+
+def is_hard_or_easier(numbers):
+    """Which labels, numbers (n, 14) as data_kitti.read_labels has them, KITTI's "hard" includes: (n,) bool."""
+    height = numbers[:, 6] - numbers[:, 4]
+    return (height > HARD[0]) & (numbers[:, 1] <= HARD[1]) & (numbers[:, 0] <= HARD[2])
+
+
+def objects_of(frame, number, keep_rows):
+    """The objects of a frame that may be pasted -> [(ENTRY without `at`, points (n, 4) float32, patch (h, w, 3) uint8)]."""
+    scene = read_scene(frame, keep_rows)
+    _, numbers = data_kitti.read_labels(frame.label)
+    height, width = scene.image.shape[:2]
+    inside = ops_boxes.points_in_boxes(scene.points.astype(np.float64), scene.boxes)  # (N, n)
+    found = []
+    for i in np.flatnonzero((scene.classes >= 0) & is_hard_or_easier(numbers)):
+        points = scene.points[inside[:, i]]
+        low = np.floor(scene.rects[i, :2]).clip(0, [width, height])
+        high = np.ceil(scene.rects[i, 2:] + 1).clip(0, [width, height])  # KITTI's rectangles include their last pixel
+        left, top, right, bottom = rect = np.concatenate([low, high]).astype(int)
+        if len(points) < LEAST_POINTS[CLASSES[scene.classes[i]]] or right - left < 2 or bottom - top < 2:
+            continue
+        entry = (scene.classes[i], number, len(points), rect, 0, scene.boxes[i], scene.lidar2img)
+        found.append((np.array(entry, ENTRY), points, scene.image[top:bottom, left:right]))
+    return found
+
+
+def write_bank(frames, path, keep_rows=1):
+    """One file: points and patches of all objects end to end, then their table, then how many there are (int64)."""
+    entries, end = [], 0
+    found = runtime.ahead(lambda job: objects_of(job[1], job[0], keep_rows), enumerate(frames), os.cpu_count())
+    with writing(path) as temporary, open(temporary, "wb") as f:
+        for objects in tqdm(found, "objects", len(frames), dynamic_ncols=True, mininterval=1, disable=len(frames) < 100):
+            for entry, points, patch in objects:
+                entry["at"] = end
+                end += f.write(points.tobytes()) + f.write(np.ascontiguousarray(patch).tobytes())
+                entries.append(entry)
+        f.write(np.array(entries, ENTRY).tobytes())
+        f.write(np.int64(len(entries)).tobytes())
+
+
+class Bank:
+    """The objects in a file of write_bank, mapped into memory: all loading processes share its pages."""
+
+    def __init__(self, path):
+        self.bytes = np.memmap(path, np.uint8, "r")
+        count = int(self.bytes[-8:].view(np.int64)[0])
+        table = self.bytes[len(self.bytes) - 8 - count * ENTRY.itemsize : len(self.bytes) - 8]
+        self.entries = np.frombuffer(table.tobytes(), ENTRY)
+        self.of_class = [np.flatnonzero(self.entries["type"] == k) for k in range(len(CLASSES))]
+
+    def points(self, i):
+        entry = self.entries[i]
+        size = 16 * entry["count"]
+        return self.bytes[entry["at"] : entry["at"] + size].tobytes(), entry["count"]
+
+    def read(self, i):
+        """-> points (n, 4) float32 in its source's LiDAR frame, patch (h, w, 3) uint8."""
+        entry = self.entries[i]
+        left, top, right, bottom = entry["rect"]
+        at, middle = int(entry["at"]), int(entry["at"]) + 16 * int(entry["count"])
+        points = np.frombuffer(self.bytes[at:middle].tobytes(), np.float32).reshape(-1, 4)
+        patch = self.bytes[middle : middle + 3 * (bottom - top) * (right - left)]
+        return points, np.array(patch).reshape(bottom - top, right - left, 3)
+
+
+def open_bank(frames, folder, keep_rows, run):
+    """The bank of these frames, kept in `folder` and written by rank 0 where it is not there yet."""
+    name = data.fingerprint([*data.inventory(frames), *(str(f.label.stat().st_size) for f in frames), str(keep_rows)])
+    path = Path(folder) / f"objects_{name}.bin"
+    if run.main and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bank(frames, path, keep_rows)
+    run.any(False)  # a barrier: the others wait for the file
+    return Bank(path)
+
+
+# -----------------------------------------------------------------------------
+# pasting
+
+
+def paste(scene, bank, rng, limits=PASTED):
+    """Objects of the bank into a scene, up to `limits` of each class -> a new Scene.
+
+    An object keeps its place in the LiDAR's frame. Its patch goes where the box projects to with the scene's own
+    calibration: moved and scaled by the map between the projected rectangles of both. It is left out where its box
+    meets any other, where its patch covers or loses more than a drawn share, or where too little of it is in the image.
+    """
+    height, width = scene.image.shape[:2]
+    boxes, classes, rects = list(scene.boxes), list(scene.classes), list(scene.rects)
+    chosen = []  # of the bank
+    for name, limit in limits.items():
+        k = CLASSES.index(name)
+        missing = limit - int((scene.classes == k).sum())
+        share = OVERLAPS[rng.integers(len(OVERLAPS))]
+        candidates = rng.permutation(bank.of_class[k])[: max(missing, 0)]
+        for i in candidates:
+            box = bank.entries["box"][i]
+            rect = target_rect(bank.entries[i], scene.lidar2img)
+            if rect is None or outside(rect, width, height) or collides(box, boxes) or covers(rect, rects, share):
+                continue
+            boxes.append(box)
+            classes.append(k)
+            rects.append(rect)
+            chosen.append(i)
+    if not chosen:
+        return scene
+    pasted = [bank.read(i) for i in chosen]
+    image = draw_far_to_near(scene, np.array(rects), np.array(boxes), [patch for _, patch in pasted])
+    own = scene.points
+    hidden = ops_boxes.points_in_boxes(own.astype(np.float64), np.array(boxes[len(scene.boxes) :])).any(1)
+    points = np.concatenate([own[~hidden], *(points for points, _ in pasted)])
+    return Scene(image, points, scene.lidar2img, np.array(boxes), np.array(classes), np.array(rects))
+
+
+def target_rect(entry, lidar2img):
+    """Where an object's patch belongs in an image with this calibration, (4,) pixels; None where it is not before it."""
+    rect = entry["rect"].astype(float)
+    if np.allclose(entry["lidar2img"], lidar2img):
+        return rect
+    old = projected_rect(entry["box"][None], entry["lidar2img"])[0]
+    new = projected_rect(entry["box"][None], lidar2img)[0]
+    scale = (new[2:] - new[:2]) / np.maximum(old[2:] - old[:2], 1e-6)
+    low, high = (new[:2] + (rect[i : i + 2] - old[:2]) * scale for i in (0, 2))
+    rect = np.rint(np.concatenate([low, high]))
+    return rect if (rect[2:] - rect[:2] >= 2).all() and np.isfinite(rect).all() else None
+
+
+def outside(rect, width, height):
+    """Whether a rectangle does not lie in the image whole: a cut patch would show less than its points say."""
+    return rect[0] < 0 or rect[1] < 0 or rect[2] > width or rect[3] > height
+
+
+def collides(box, boxes):
+    """Whether a box meets any of the others, seen from above."""
+    if not boxes:
+        return False
+    return bool((ops_boxes.bev_intersection(box[None], np.array(boxes)) > 1e-6).any())
+
+
+def covers(rect, rects, share):
+    """Whether a patch has more than this share of its area in common with any of the other rectangles."""
+    if not rects:
+        return False
+    others = np.array(rects)
+    sides = np.minimum(rect[2:], others[:, 2:]) - np.maximum(rect[:2], others[:, :2])
+    common = sides.clip(0).prod(1)
+    return bool((common / (rect[2:] - rect[:2]).prod() > share).any())
+
+
+def draw_far_to_near(scene, rects, boxes, patches):
+    """The image with all objects, the scene's own first in `rects`, drawn in the order of their distance."""
+    image, height, width = scene.image.copy(), *scene.image.shape[:2]
+    own = len(rects) - len(patches)
+    distance = np.linalg.norm(boxes[:, :2], axis=1)
+    for i in np.argsort(-distance, kind="stable"):
+        left, top, right, bottom = (int(v) for v in np.rint(rects[i]))
+        if i < own:  # puts back its own pixels
+            left, top, right, bottom = max(left, 0), max(top, 0), min(right + 1, width), min(bottom + 1, height)
+            image[top:bottom, left:right] = scene.image[top:bottom, left:right]
+            continue
+        patch = patches[i - own]
+        if patch.shape[:2] != (bottom - top, right - left):
+            patch = np.asarray(Image.fromarray(patch).resize((right - left, bottom - top), Image.Resampling.BILINEAR))
+        image[top:bottom, left:right] = patch
+    return image
+
+
+# -----------------------------------------------------------------------------
+# the data set
+
+
+class DetectionFrames(torch.utils.data.Dataset):
+    """Frames with all their randomness, by (epoch, index). `c` is finetune_det3d.Config. A broken frame is a BadInput.
+
+    training False: nothing is pasted, moved or flipped.
+    """
+
+    def __init__(self, frames, c, layout, bank=None, training=True):
+        self.frames, self.c, self.layout, self.bank, self.training = frames, c, layout, bank, training
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        c = self.c
+        rng = np.random.default_rng([data.SAMPLE, c.seed, epoch, index])
+        try:
+            scene = read_scene(self.frames[index], c.keep_rows)
+        except BadInput as e:
+            return e
+        flip, T = False, np.eye(4)
+        if self.training:
+            if self.bank is not None:
+                scene = paste(scene, self.bank, rng)
+            flip = bool(rng.random() < c.flip)
+            T = data.random_view(rng, np.zeros(3), c.rotation, c.scale, (c.translation,) * 3, flip)
+        sample = move(scene, T, self.layout)
+        if len(sample["points"]) < data.MIN_POINTS:
+            return BadInput(data.too_few_in_view(self.frames[index], len(sample["points"])))
+        sample |= {"flip": flip, "window": np.array([0.0, 0.0, 1.0]), "index": index}
+        if c.max_points and len(sample["points"]) > c.max_points:
+            chosen = np.sort(rng.choice(len(sample["points"]), c.max_points, replace=False))
+            sample["points"] = sample["points"][chosen]
+        return sample | voxels(sample["points"], self.layout)
+
+
+def move(scene, T, layout):
+    """A scene seen through the similarity T (4, 4): points and boxes moved, and cut to the range; lidar2img holds T^-1.
+
+    -> dict(image, lidar2img (3, 4) float64, points (n, 4) float32, boxes (m, 7) float32, classes (m,) int64).
+    """
+    xyz = scene.points[:, :3] @ T[:3, :3].T + T[:3, 3]
+    low, high = np.array(layout.range[:3]), np.array(layout.range[3:])
+    inside = ((xyz >= low) & (xyz < high)).all(1)
+    points = np.concatenate([xyz, scene.points[:, 3:]], 1)[inside].astype(np.float32)
+    known = scene.classes >= 0
+    boxes = ops_boxes.transform_boxes(scene.boxes[known], T)
+    kept = ((boxes[:, :2] >= low[:2]) & (boxes[:, :2] < high[:2])).all(1)
+    return {
+        "image": scene.image,
+        "lidar2img": scene.lidar2img @ np.linalg.inv(T),
+        "points": points,
+        "boxes": boxes[kept].astype(np.float32),
+        "classes": scene.classes[known][kept],
+    }
+
+
+def voxels(points, layout):
+    """-> dict(rows (n,): the voxel of each point; keys: sorted keys of the voxels of every stage)."""
+    xyz, frame = torch.from_numpy(points[:, :3]), torch.zeros(len(points), dtype=torch.int64)
+    keys, rows = ops_sparse.voxelize(xyz, frame, layout.range[:3], layout.voxel, layout.grid)
+    return {"rows": rows, "keys": ops_sparse.pyramid_keys(keys, layout.grid, layout.windows)}
+
+
+def collate(layout, samples):
+    """Samples to one batch. -> as data.collate, and
+
+    points (N, 4), all frames' end to end; frame (N,), which each is of; slot (N,): its place among B x L, L the most
+    points of a frame, `longest`; rows (N,), its voxel; keys: of every stage; boxes (B, M, 7), classes (B, M), -1 where
+    there is no box.
+    """
+    for s in samples:
+        if isinstance(s, BadInput):
+            return s
+    fixed = ("image", "lidar2img", "flip", "window", "index")
+    batch = data.collate([{k: s[k] for k in fixed} for s in samples])
+    counts = [len(s["points"]) for s in samples]
+    longest = max(counts)
+    most = max(1, *(len(s["boxes"]) for s in samples))
+    boxes, classes = torch.zeros(len(samples), most, 7), torch.full((len(samples), most), -1)
+    rows, slots, before = [], [], 0
+    grids = [layout.grid]
+    for window in layout.windows:
+        grids.append(grids[-1].after(window))
+    for b, s in enumerate(samples):
+        boxes[b, : len(s["boxes"])] = torch.from_numpy(s["boxes"])
+        classes[b, : len(s["boxes"])] = torch.from_numpy(s["classes"])
+        rows.append(s["rows"] + before)
+        slots.append(torch.arange(counts[b]) + b * longest)
+        before += len(s["keys"][0])
+    return batch | {
+        "points": torch.from_numpy(np.concatenate([s["points"] for s in samples])),
+        "frame": torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)),
+        "slot": torch.cat(slots),
+        "longest": longest,
+        "rows": torch.cat(rows),
+        "keys": [ops_sparse.batch_keys([s["keys"][i] for s in samples], grid) for i, grid in enumerate(grids)],
+        "boxes": boxes,
+        "classes": classes,
+    }
+
+
+# -----------------------------------------------------------------------------
+# on the device
+
+
+def augment(batch, box, layout, device):
+    """A collated batch to what the model reads, on `device`, images resized into `box` (width, height).
+
+    -> dict: image (B, 3, H, W) float32 normalised; lidar2img (B, 3, 4), points to pixels of `image`; levels: the tables
+    of the sparse encoder; and points, frame, slot, rows, boxes, classes, longest, index of `collate`.
+    """
+    A, resized = data.image_affine(batch["size"], box, batch["flip"], batch["window"])
+    out_size = [-(-int(edge) // data.SIZE_DIVISOR) * data.SIZE_DIVISOR for edge in resized.amax(0)]
+    there = {k: batch[k].to(device, non_blocking=True) for k in ("points", "frame", "slot", "rows", "boxes", "classes")}
+    keys = [k.to(device, non_blocking=True) for k in batch["keys"]]
+    no_colour = torch.eye(3, 4, dtype=torch.float64).expand(len(A), 3, 4)
+    image = data.warp_images(batch["image"].to(device, non_blocking=True), batch["size"], A, no_colour, out_size)
+    return there | {
+        "image": image,
+        "lidar2img": (A @ batch["lidar2img"]).float().to(device, non_blocking=True),
+        "levels": ops_sparse.pyramid(keys, layout.grid, layout.windows),
+        "longest": batch["longest"],
+        "index": batch["index"],
+    }

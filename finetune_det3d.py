@@ -1,0 +1,763 @@
+"""Camera + LiDAR 3D detection, the paper's main result (Table 1): MVX-Net with MoCA on KITTI's labels.
+
+    torchrun --standalone finetune_det3d.py demo --init out/demo/backbone.pt    # built-in scenes, minutes on two cores
+    torchrun --standalone finetune_det3d.py demo --init none --name scratch     # the same from scratch
+
+The paper's recipe on KITTI, on one GPU or eight (same global batch, same groups of 4):
+
+    torchrun --standalone finetune_det3d.py kitti --init out/kitti/backbone.pt --data-root data/kitti
+    torchrun --standalone --nproc_per_node=8 finetune_det3d.py kitti --init out/kitti/backbone.pt --data-root data/kitti
+
+Resume: the same command again. Every flag: `python finetune_det3d.py kitti --help`. A run ends with its AP on held-out
+frames, and writes out/NAME/: log.jsonl, last.pt, curves.png, det3d.png, objects_*.bin (what MoCA pastes).
+`python eval.py det3d out/NAME/last.pt` judges it again, or on other data.
+
+The network is MVX-Net (Sindagi et al. 2019) as mmdetection3d 0.13 has it: points with what a feature pyramid says at
+their pixels, voxels, a sparse encoder (SECOND, Yan et al. 2018), a head on anchors seen from above. Names of parameters
+are mmdetection3d's, so that the official checkpoints load (`--load`).
+"""
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+# thousands of small parallel regions a step: OpenMP's threads must sleep between them, or they wait for each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+import data
+import data_det3d
+import encoders
+import eval_det3d
+import ops_boxes
+import ops_sparse
+import ops_triton as ops
+import pictures
+import runtime
+import synthetic
+import weights
+from data_det3d import CLASSES
+from files import BadInput, read_checkpoint
+from loop import Loop, stream
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Defaults are the release's for KITTI."""
+
+    # ---- data ----
+    data_root: tuple[str, ...] = ("data/kitti",)
+    """Folders in KITTI's object layout, with labels; several are pooled."""
+    splits: tuple[str, ...] = ("train",)
+    """Names of files in ImageSets/."""
+    eval_splits: tuple[str, ...] = ("val",)
+    """What the run ends by judging itself on. () for nothing."""
+    eval_root: tuple[str, ...] = ()
+    """Folders that eval_splits are looked up in; () for data_root."""
+    eval_frames: int = 0
+    """At most so many of them, evenly spread; 0 for all."""
+    eval_every: int = 0
+    """Steps between judgements, each a line in log.jsonl. 0: only after the last step, which is the one to report."""
+    labels: float = 1.0
+    """Share of the training frames that is used, evenly spread: how much annotation does pre-training save?"""
+    keep_rows: int = 1
+    """Only every n-th row of the LiDAR: a cheaper sensor, for which the image matters more."""
+    max_points: int = 0
+    """Draw so many of a frame's points, if it has more; 0 for all."""
+    skip_missing: bool = False
+    """Leave out frames that lack an image or a cloud, instead of stopping at them."""
+    synthetic_frames: int = 0
+    """If data_root does not exist, write this many built-in scenes there first."""
+    workers: int = 4
+    """Loading processes per GPU; 0 loads in the training process."""
+    # ---- augmentation ----
+    moca: bool = True
+    """Paste objects of other frames, points and pixels (data_det3d.py)."""
+    rotation: float = 45.0
+    """Degrees: the cloud turns about the sensor by U(-rotation, rotation)."""
+    scale: tuple[float, float] = (0.95, 1.05)
+    """It is scaled by U(scale)."""
+    translation: float = 0.2
+    """It moves by N(0, translation) metres along each axis."""
+    flip: float = 0.5
+    """Probability that image and cloud are mirrored."""
+    image_scale: tuple[int, ...] = (640, 192, 2560, 768)
+    """Box (width, height) that images are resized into, keeping their ratio: two numbers for one fixed size, four for a
+    range that every step draws its size from. They are judged at the size, or at the middle of the range."""
+    # ---- network ----
+    point_range: tuple[float, float, float, float, float, float] = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
+    """Metres in the LiDAR's frame: x, y, z minima, then maxima. Multiples of eight voxels in x and y."""
+    voxel: tuple[float, float, float] = (0.05, 0.05, 0.1)
+    """Metres."""
+    image: bool = True
+    """False: points alone, the control that an image encoder's worth is measured against."""
+    init: str = "none"
+    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
+    """How that file's pixels were normalised, where it does not say."""
+    load: str = ""
+    """Weights of the whole detector to start from: a last.pt of this script, or a checkpoint of mmdetection3d's."""
+    image_encoder: str = "resnet50"
+    """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
+    freeze: bool = True
+    """Leave the encoder's first stage as it is, statistics included. From scratch this freezes random filters, as the
+    release's configuration does."""
+    fpn: int = 256
+    """Channels of the feature pyramid."""
+    fusion: int = 128
+    """Channels that a level of the pyramid adds to a point, and of a point after fusion."""
+    vfe: int = 64
+    """Channels of a point before fusion."""
+    sparse: tuple[int, int, int, int, int] = (16, 32, 64, 64, 128)
+    """Channels of the sparse encoder's four stages and of its output."""
+    second: tuple[int, int] = (128, 256)
+    """Channels of the two blocks of 2D convolutions."""
+    second_layers: int = 5
+    """3x3 convolutions of a block, after its first."""
+    upsample: tuple[int, int] = (1, 2)
+    """How many times each block's map is enlarged before the head: (2, 4) makes cells half as large."""
+    norm_momentum: float = 0.01
+    """Of the points' batch norms. Short runs want .1."""
+    # ---- optimisation ----
+    batch_size: int = 32
+    """Frames per step, over all GPUs."""
+    group: int = 4
+    """Frames per forward pass, over which batch norm and the number of positives are taken: 4 on each of eight GPUs in
+    the release. If the GPUs together take less than batch_size in a pass, passes are accumulated."""
+    epochs: int = 80
+    """The release's 40 epochs, each of the training set twice. The rate follows a cosine over all of them."""
+    max_steps: int = 0
+    """Steps of that cosine, whatever epochs says; 0: no limit."""
+    lr: float = 3e-3
+    """Of all but the image branch: AdamW, betas (.95, .99), weight decay .01."""
+    image_lr: float = 5e-3
+    """Of the image encoder and its pyramid: SGD, momentum .9, weight decay 1e-4. With image_optimizer=adamw use lr's."""
+    image_optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd is the release's."""
+    warm_up: int = 1000
+    """Steps in which the rate rises, from a tenth."""
+    clip: float = 35.0
+    """Norm that gradients are cut to; 0 for not at all."""
+    # ---- the run ----
+    name: str = "det3d_kitti"
+    """The run lives in out/NAME."""
+    out: str = "out"
+    """Folder of all runs."""
+    seed: int = 0
+    """Of weights, order, pasting and augmentation."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU if there is one."""
+    amp: bool = True
+    """bfloat16 autocast on GPUs. Coordinates, voxel means, boxes and losses stay in float32."""
+    log_every: int = 50
+    """Steps between lines of log.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints. The last step and a polite kill save too."""
+
+
+PRESETS = {
+    "demo": (
+        "Built-in scenes, ResNet-18, minutes on two CPU cores.",
+        Config(
+            name="det3d_demo", data_root=("data/synthetic",), synthetic_frames=64, workers=1, max_points=8192,
+            rotation=10.0, translation=0.1, image_scale=(320, 96),
+            point_range=(0.0, -25.6, -3.0, 51.2, 25.6, 1.0), voxel=(0.1, 0.1, 0.1),
+            image_encoder="resnet18", freeze=False, fpn=32, fusion=32, vfe=32, sparse=(16, 16, 32, 32, 64),
+            second=(64, 128), second_layers=2, upsample=(2, 4), norm_momentum=0.1,
+            batch_size=4, max_steps=260, lr=4e-3, image_lr=4e-3, image_optimizer="adamw", warm_up=78, clip=10.0,
+            log_every=5, save_every=65,
+        ),
+    ),
+    "kitti": ("KITTI's object benchmark: the paper's recipe.", Config()),
+}  # fmt: skip
+
+# (width, length, height, z of the bottom), metres; IoU from above from which an anchor is an object's, below which it is
+# background, and from which at least an object's best anchor is taken (release)
+ANCHORS = {
+    "Pedestrian": ((0.6, 0.8, 1.73, -0.6), (0.35, 0.2, 0.2)),
+    "Cyclist": ((0.6, 1.76, 1.73, -0.6), (0.35, 0.2, 0.2)),
+    "Car": ((1.6, 3.9, 1.56, -1.78), (0.6, 0.45, 0.45)),
+}
+YAWS = (-math.pi / 2, -math.pi)  # of anchors; mmdetection3d's 0 and pi / 2, whose yaw is -pi / 2 - ours
+DIRECTION = math.pi / 2  # headings from here on for half a turn are bin 0: no road runs across, where the bins meet
+GAMMA, ALPHA = 2.0, 0.25  # of the focal loss
+BETA = 1 / 9  # of the smooth L1 loss
+BOX_WEIGHT, DIRECTION_WEIGHT = 2.0, 0.2
+MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.1, 100, 0.01, 50  # of a prediction (release)
+
+# a checkpoint may be continued with other values of these; any other difference is another experiment
+FREE = {"data_root", "workers", "name", "out", "device", "log_every", "save_every", "init", "load"}
+FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+
+
+class Layout:
+    """Where voxels and the cells of the head are, metres in the LiDAR's frame."""
+
+    def __init__(self, c):
+        self.range, self.voxel = c.point_range, c.voxel
+        cells = [round((high - low) / size) for low, high, size in zip(self.range, self.range[3:], self.voxel)]
+        self.grid = ops_sparse.Grid((cells[2] + 1, cells[1], cells[0]))  # one more above, as in the release
+        half = functools.partial(ops_sparse.Window, (3, 3, 3), (2, 2, 2))
+        flat = ops_sparse.Window((3, 1, 1), (2, 1, 1), (0, 0, 0))
+        self.windows = [half((1, 1, 1)), half((1, 1, 1)), half((0, 1, 1)), flat]
+        self.stride = 8 / c.upsample[0]  # of the head's cells, in voxels
+        self.cells = cells[1] // 8 * c.upsample[0], cells[0] // 8 * c.upsample[0]  # y, x
+
+    def anchors(self):
+        """(y, x, classes, yaws, 7) boxes. Cell i of an unenlarged map is centred on voxel 8 i."""
+        y, x = (
+            (self.stride * (torch.arange(n) + 0.5) - 3.5) * self.voxel[axis] + self.range[axis]
+            for n, axis in zip(self.cells, (1, 0))
+        )
+        boxes = torch.zeros(len(y), len(x), len(CLASSES), len(YAWS), 7)
+        boxes[..., 0] = x[None, :, None, None]
+        boxes[..., 1] = y[:, None, None, None]
+        for k, name in enumerate(CLASSES):
+            width, length, height, bottom = ANCHORS[name][0]
+            boxes[:, :, k, :, 2:6] = torch.tensor([bottom + height / 2, length, width, height])
+        boxes[..., 6] = torch.tensor(YAWS)
+        return boxes
+
+
+# -----------------------------------------------------------------------------
+# network. Names of parts and parameters are mmdetection3d's
+
+
+class ConvModule(nn.Module):
+    """A 2D convolution with bias, named as mmcv's."""
+
+    def __init__(self, cin, cout, size):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, size, padding=size // 2)
+        nn.init.xavier_uniform_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class FPN(nn.Module):
+    """Feature pyramid (Lin et al. 2017): maps of strides 4 to 32 -> five maps of one width, the last of stride 64."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(ConvModule(cin, width, 1) for cin in channels)
+        self.fpn_convs = nn.ModuleList(ConvModule(width, width, 3) for _ in channels)
+
+    def forward(self, maps):
+        x = [conv(m) for conv, m in zip(self.lateral_convs, maps)]
+        for i in range(len(x) - 1, 0, -1):
+            x[i - 1] = x[i - 1] + F.interpolate(x[i], x[i - 1].shape[2:], mode="nearest")
+        x = [conv(m) for conv, m in zip(self.fpn_convs, x)]
+        return [*x, F.max_pool2d(x[-1], 1, 2)]
+
+
+def point_norm(c, width):
+    return nn.BatchNorm1d(width, eps=1e-3, momentum=c.norm_momentum)
+
+
+class PointFusion(nn.Module):
+    """What the image says at a point's pixel, added to the point: each map through a 3x3 convolution, bilinear samples
+    of all of them through one linear layer, the point's own features through another; sum, ReLU. Without an image, the
+    points' half alone."""
+
+    def __init__(self, c, levels):
+        super().__init__()
+        if levels:
+            self.lateral_convs = nn.ModuleList(ConvModule(c.fpn, c.fusion, 3) for _ in range(levels))
+            self.img_transform = nn.Sequential(nn.Linear(levels * c.fusion, c.fusion), point_norm(c, c.fusion))
+        self.pts_transform = nn.Sequential(nn.Linear(c.vfe, c.fusion), point_norm(c, c.fusion))
+
+    def forward(self, x, maps, batch, cells):
+        """x (N, vfe); cells: for each map where the points' pixels are, (B, L, 2). -> (N, fusion)."""
+        x = self.pts_transform(x)
+        if maps:
+            found = [ops.bilinear_sample(conv(m), at) for conv, m, at in zip(self.lateral_convs, maps, cells)]
+            rows = torch.cat(found, -1).flatten(0, 1)[batch["slot"]]  # (N, levels * fusion)
+            x = x + self.img_transform(rows)
+        return F.relu(x)
+
+
+class DynamicVFE(nn.Module):
+    """Features of points, and of voxels as their maxima, for any number of points in a voxel."""
+
+    def __init__(self, c, layout, levels):
+        super().__init__()
+        self.layout = layout
+        layer = lambda cin: nn.Sequential(nn.Linear(cin, c.vfe, bias=False), point_norm(c, c.vfe), nn.ReLU())
+        self.vfe_layers = nn.ModuleList([layer(10), layer(2 * c.vfe)])
+        self.fusion_layer = PointFusion(c, levels)
+
+    def forward(self, batch, maps, cells):
+        """-> (M, fusion), of the voxels."""
+        points, rows, level = batch["points"], batch["rows"], batch["levels"][0]
+        with torch.autocast(points.device.type, enabled=False):  # bfloat16 rounds 66.66 m to .16 m
+            x = self.vfe_layers[0](self.decorated(points, rows, level))
+        x = torch.cat([x, voxel_max(x, rows, len(level.keys))[rows]], 1)
+        x = self.vfe_layers[1](x)
+        x = self.fusion_layer(x, maps, batch, cells)
+        return voxel_max(x, rows, len(level.keys))
+
+    def decorated(self, points, rows, level):
+        """x, y, z, reflectance, offset to the mean of the voxel's points, offset to the voxel's centre: (N, 10)."""
+        xyz, M = points[:, :3], len(level.keys)
+        count = xyz.new_zeros(M).index_add_(0, rows, torch.ones_like(xyz[:, 0]))
+        mean = xyz.new_zeros(M, 3).index_add_(0, rows, xyz) / count[:, None]
+        _, z, y, x = level.grid.decode(level.keys)
+        size, start = self.layout.voxel, self.layout.range
+        centre = torch.stack([(cell + 0.5) * size[i] + start[i] for i, cell in enumerate((x, y, z))], 1)
+        return torch.cat([points, xyz - mean[rows], xyz - centre.to(xyz.dtype)[rows]], 1)
+
+
+def voxel_max(x, rows, count):
+    """The maximum of rows x (N, C) of each voxel -> (count, C). Every voxel holds a point."""
+    at = rows[:, None].expand_as(x)
+    return x.new_zeros(count, x.shape[1]).scatter_reduce(0, at, x, "amax", include_self=False)
+
+
+class SparseEncoder(nn.Module):
+    """SECOND's: submanifold layers, strided ones between four stages, and one that flattens. -> a map seen from above."""
+
+    def __init__(self, c):
+        super().__init__()
+        block = functools.partial(ops_sparse.SparseBlock, momentum=c.norm_momentum)
+        a, b, d, e, out = c.sparse
+        self.conv_input = block(c.fusion, a)
+        stages = {"encoder_layer1": nn.ModuleList([block(a, a)])}
+        for i, (cin, cout) in enumerate(((a, b), (b, d), (d, e)), start=2):
+            stages[f"encoder_layer{i}"] = nn.ModuleList([block(cin, cout), block(cout, cout), block(cout, cout)])
+        self.encoder_layers = nn.ModuleDict(stages)
+        self.conv_out = block(e, out, kernel=(3, 1, 1))
+
+    def forward(self, x, levels, frames):
+        x = self.conv_input(x, levels[0].around)
+        x = self.encoder_layers["encoder_layer1"][0](x, levels[0].around)
+        for i, (before, here) in enumerate(zip(levels, levels[1:4]), start=2):
+            down, one, two = self.encoder_layers[f"encoder_layer{i}"]
+            x = two(one(down(x, before.down), here.around), here.around)
+        x = self.conv_out(x, levels[3].down)
+        return ops_sparse.to_dense(x, levels[4].keys, levels[4].grid, frames).flatten(1, 2)  # (B, C D, H, W)
+
+
+def flat_layers(c, *layers):
+    """2D convolutions, each with batch norm and ReLU."""
+    parts = []
+    for conv in layers:
+        parts += [conv, nn.BatchNorm2d(conv.out_channels, eps=1e-3, momentum=c.norm_momentum), nn.ReLU(inplace=True)]
+    return nn.Sequential(*parts)
+
+
+class SECOND(nn.Module):
+    """Two blocks of 2D convolutions, the second at stride 2. -> both maps."""
+
+    def __init__(self, c, cin):
+        super().__init__()
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+        self.blocks = nn.ModuleList()
+        for width, stride in zip(c.second, (1, 2)):
+            deeper = [conv(width, width) for _ in range(c.second_layers)]
+            self.blocks.append(flat_layers(c, conv(cin, width, stride=stride), *deeper))
+            cin = width
+
+    def forward(self, x):
+        first = self.blocks[0](x)
+        return first, self.blocks[1](first)
+
+
+class SECONDFPN(nn.Module):
+    """Both maps brought to one size, 256 channels each (or twice the first block's), side by side."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.width = 2 * c.second[0]
+        enlarge = lambda cin, n: nn.ConvTranspose2d(cin, self.width, n, n, bias=False)
+        self.deblocks = nn.ModuleList(flat_layers(c, enlarge(cin, n)) for cin, n in zip(c.second, c.upsample))
+
+    def forward(self, maps):
+        return torch.cat([deblock(m) for deblock, m in zip(self.deblocks, maps)], 1)
+
+
+class Anchor3DHead(nn.Module):
+    """Of every anchor: scores of the classes, the box's code, its direction. Maps -> (B, anchors, 3), (.., 7), (.., 2)."""
+
+    def __init__(self, cin):
+        super().__init__()
+        n = len(CLASSES) * len(YAWS)
+        self.conv_cls = nn.Conv2d(cin, n * len(CLASSES), 1)
+        self.conv_reg = nn.Conv2d(cin, n * 7, 1)
+        self.conv_dir_cls = nn.Conv2d(cin, n * 2, 1)
+        for conv in (self.conv_cls, self.conv_reg, self.conv_dir_cls):
+            nn.init.normal_(conv.weight, 0, 0.01)
+            nn.init.zeros_(conv.bias)
+        nn.init.constant_(self.conv_cls.bias, -math.log(99))  # focal loss: every score begins at .01
+
+    def forward(self, x):
+        answers = ((self.conv_cls, len(CLASSES)), (self.conv_reg, 7), (self.conv_dir_cls, 2))
+        return [conv(x).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, n)).float() for conv, n in answers]
+
+
+class Detector(nn.Module):
+    """MVX-Net. forward(batch of data_det3d.augment) -> loss, stats; detect(batch) -> boxes, scores, classes."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.layout, self.freeze = Layout(c), c.freeze and c.image
+        levels = 0
+        if c.image:
+            self.img_backbone = encoders.build_image_encoder(c.image_encoder)
+            if len(self.img_backbone.map_channels) != 5:
+                raise BadInput(f"--image-encoder {c.image_encoder}: the pyramid wants five maps, of strides 2 to 32")
+            self.img_neck = FPN(self.img_backbone.map_channels[1:], c.fpn)
+            levels = 5
+        self.pts_voxel_encoder = DynamicVFE(c, self.layout, levels)
+        self.pts_middle_encoder = SparseEncoder(c)
+        self.pts_backbone = SECOND(c, 2 * c.sparse[4])
+        self.pts_neck = SECONDFPN(c)
+        self.pts_bbox_head = Anchor3DHead(2 * self.pts_neck.width)
+        self.register_buffer("anchors", self.layout.anchors().flatten(0, 3), persistent=False)  # (anchors, 7)
+        if self.freeze:
+            for part in self.frozen_parts():
+                part.requires_grad_(False)
+
+    def frozen_parts(self):
+        encoder = self.img_backbone
+        if not hasattr(encoder, "layer1"):
+            raise BadInput("--freeze: of ResNets alone; give --no-freeze")
+        return encoder.conv1, encoder.bn1, encoder.layer1
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze:
+            for part in self.frozen_parts():
+                part.eval()  # statistics, too
+        return self
+
+    def answers(self, batch):
+        """Raw answers of all anchors: scores (B, A, 3), codes (B, A, 7), directions (B, A, 2), float32."""
+        maps, cells = [], []
+        if hasattr(self, "img_backbone"):
+            image = batch["image"].contiguous(memory_format=torch.channels_last)
+            maps = self.img_neck(self.img_backbone(image)[1:])
+            uv = self.pixels(batch)
+            cells = [encoders.cells(self.img_backbone, uv, at) for at in range(1, 5)]
+            cells.append(cells[-1] / 2)  # of the pyramid's last map, which takes every other cell
+        x = self.pts_voxel_encoder(batch, maps, cells)
+        x = self.pts_middle_encoder(x, batch["levels"], len(batch["image"]))
+        return self.pts_bbox_head(self.pts_neck(self.pts_backbone(x)))
+
+    def pixels(self, batch):
+        """Pixels of the points, each frame's in a row of its own: (B, L, 2). Far outside where a row has no more."""
+        points, frames = batch["points"], len(batch["image"])
+        uv, depth = data.project(points[:, None], batch["lidar2img"][batch["frame"]])  # (N, 1, 2)
+        uv = torch.where(depth[..., None] > 0, uv, -1e4)[:, 0]
+        rows = uv.new_full((frames * batch["longest"], 2), -1e4)
+        return rows.index_copy(0, batch["slot"], uv).view(frames, -1, 2)
+
+    def forward(self, batch, report=True):
+        scores, codes, directions = self.answers(batch)
+        with torch.autocast(scores.device.type, enabled=False):
+            target = assign(self.anchors, batch["boxes"], batch["classes"])
+            losses = detection_losses(scores, codes, directions, self.anchors, target)
+        loss = sum(losses.values())
+        if not report:
+            return loss, {}
+        positives = (target["classes"] >= 0).sum() / len(scores)
+        return loss, {"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}, "positives": positives}
+
+    def detect(self, batch):
+        """-> boxes (B, K, 7), scores (B, K), classes (B, K), best first; a score of 0 says that there is no box."""
+        return select(*self.answers(batch), self.anchors)
+
+
+# -----------------------------------------------------------------------------
+# boxes and anchors
+
+
+def encode(boxes, anchors):
+    """Boxes (..., 7) as codes relative to their anchors (..., 7): offsets over the anchor's diagonal and height, logs of
+    ratios (width, length, height), and the difference of yaws, its sign mmdetection3d's (SECOND, section 3.3)."""
+    diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
+    x, y = ((boxes[..., i] - anchors[..., i]) / diagonal for i in (0, 1))
+    z = (boxes[..., 2] - anchors[..., 2]) / anchors[..., 5]
+    width, length, height = (torch.log(boxes[..., i] / anchors[..., i]) for i in (4, 3, 5))
+    return torch.stack([x, y, z, width, length, height, anchors[..., 6] - boxes[..., 6]], -1)
+
+
+def decode(codes, anchors):
+    """The inverse of encode."""
+    diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
+    x, y = (codes[..., i] * diagonal + anchors[..., i] for i in (0, 1))
+    z = codes[..., 2] * anchors[..., 5] + anchors[..., 2]
+    width, length, height = (torch.exp(codes[..., i]) * anchors[..., a] for i, a in ((3, 4), (4, 3), (5, 5)))
+    return torch.stack([x, y, z, length, width, height, anchors[..., 6] - codes[..., 6]], -1)
+
+
+def direction_bin(yaw):
+    """0 for headings from DIRECTION on for half a turn, else 1."""
+    return (torch.remainder(yaw - DIRECTION, 2 * math.pi) >= math.pi).long()
+
+
+def assign(anchors, boxes, classes):
+    """Which anchor answers for which box. anchors (A, 7), boxes (B, M, 7), classes (B, M), -1 for none.
+
+    An anchor belongs to the box of its class with which it overlaps most, seen from above with yaws rounded to quarter
+    turns, where that is enough; and a box's best anchors are its own from a lower threshold on (mmdetection3d's
+    MaxIoUAssigner). -> dict(classes (B, A): index, -1 background, -2 neither; boxes (B, A, 7), of the positive ones).
+    """
+    B, M = classes.shape
+    per_class = anchors.view(-1, len(CLASSES), len(YAWS), 7)
+    labels, owners = [], []
+    for k, name in enumerate(CLASSES):
+        positive, negative, least = ANCHORS[name][1]
+        mine = per_class[:, k].flatten(0, 1)  # (A / 3, 7)
+        overlap = ops_boxes.nearest_bev_iou(mine[None, :, None], boxes[:, None])  # (B, A / 3, M)
+        overlap = overlap.masked_fill((classes != k)[:, None], -1.0)
+        best, owner = overlap.max(2)
+        label = torch.where(best >= positive, k, torch.where(best < negative, -1, -2))
+        highest = overlap.amax(1, keepdim=True)
+        favourite = (overlap == highest) & (highest >= least)  # (B, A / 3, M): an anchor that no other overlaps better
+        number = torch.arange(1, M + 1, device=boxes.device)
+        last = (favourite * number).amax(2)  # of several boxes the last, as in mmdetection3d
+        owner = torch.where(last > 0, last - 1, owner)
+        label = torch.where(last > 0, k, label)
+        labels.append(label.view(B, -1, 1, len(YAWS)))
+        owners.append(owner.view(B, -1, 1, len(YAWS)))
+    label, owner = (torch.cat(parts, 2).flatten(1) for parts in (labels, owners))
+    return {"classes": label, "boxes": boxes.gather(1, owner[..., None].expand(-1, -1, 7))}
+
+
+def detection_losses(scores, codes, directions, anchors, target):
+    """Focal loss of all anchors but those that are neither; smooth L1 of codes, with the sine of the yaws' difference,
+    and cross-entropy of directions, of positive ones. All over the number of positives. -> dict of scalars."""
+    label = target["classes"]
+    positive = label >= 0
+    count = positive.sum().clamp(min=1).float()
+    wanted = F.one_hot(label.clamp(min=0), len(CLASSES)) * positive[..., None]
+    probability = scores.sigmoid()
+    wrong = torch.where(wanted > 0, 1 - probability, probability)
+    balance = torch.where(wanted > 0, ALPHA, 1 - ALPHA)
+    focal = balance * wrong.pow(GAMMA) * F.binary_cross_entropy_with_logits(scores, wanted.float(), reduction="none")
+    focal = (focal * (label > -2)[..., None]).sum() / count
+
+    # masks over all anchors, not indices: no GPU is waited for. Codes of anchors without a box are anything but NaN
+    boxes = torch.where(positive[..., None], target["boxes"], anchors)
+    difference = codes - encode(boxes, anchors)
+    difference = torch.cat([difference[..., :6], difference[..., 6:].sin()], -1)
+    distance = F.smooth_l1_loss(difference, torch.zeros_like(difference), beta=BETA, reduction="none")
+    box = BOX_WEIGHT * (distance * positive[..., None]).sum() / count
+    crossed = F.cross_entropy(directions.transpose(1, 2), direction_bin(boxes[..., 6]), reduction="none")
+    direction = DIRECTION_WEIGHT * (crossed * positive).sum() / count
+    return {"classes": focal, "boxes": box, "direction": direction}
+
+
+def select(scores, codes, directions, anchors):
+    """The raw answers of all anchors -> boxes (B, K, 7), scores (B, K), classes (B, K): AFTER_NMS, best first.
+
+    The best BEFORE_NMS anchors, by their best class; those above MIN_SCORE; suppression class by class. A score of 0 says
+    that there is no box.
+    """
+    scores = scores.sigmoid()
+    top = scores.amax(2).topk(min(BEFORE_NMS, scores.shape[1])).indices  # (B, K)
+    pick = lambda x: x.gather(1, top[..., None].expand(-1, -1, x.shape[2]))
+    scores, boxes = pick(scores), decode(pick(codes), anchors[top])
+    half_turns = pick(directions).argmax(2)
+    yaw = DIRECTION + torch.remainder(boxes[..., 6] - DIRECTION, math.pi) + math.pi * half_turns
+    boxes = torch.cat([boxes[..., :6], torch.remainder(yaw + math.pi, 2 * math.pi)[..., None] - math.pi], -1)
+    by_class = scores.transpose(1, 2)  # (B, 3, K)
+    by_class = by_class.masked_fill(by_class <= MIN_SCORE, -torch.inf)
+    kept = ops_boxes.nms(boxes[:, None], by_class, NMS_OVERLAP)
+    final = (by_class.masked_fill(~kept, 0.0)).flatten(1)  # (B, 3 K)
+    best, at = final.topk(min(AFTER_NMS, final.shape[1]))
+    classes, rows = at // by_class.shape[2], at % by_class.shape[2]
+    return boxes.gather(1, rows[..., None].expand(-1, -1, 7)), best, classes
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def build_optimizers(model, c):
+    """AdamW for all but the image branch; SGD (or AdamW) for the image encoder and its pyramid."""
+    learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    image = [p for name, p in learns.items() if name.startswith("img_")]
+    points = [p for name, p in learns.items() if not name.startswith("img_")]
+    optimizers = [torch.optim.AdamW(points, c.lr, betas=(0.95, 0.99), weight_decay=0.01)]
+    if image and c.image_optimizer == "sgd":
+        optimizers.append(torch.optim.SGD(image, c.image_lr, momentum=0.9, weight_decay=1e-4))
+    elif image:
+        optimizers.append(torch.optim.AdamW(image, c.image_lr, betas=(0.95, 0.99), weight_decay=0.01))
+    for group in (group for o in optimizers for group in o.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def rate(step, steps, warm_up):
+    """The rate at a step, as a share of the highest: a cosine to 1e-5, and at first a rise from a tenth of it."""
+    cosine = 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * step / steps)) / 2
+    return cosine * min(1.0, 0.1 + 0.9 * step / max(warm_up, 1))
+
+
+def check_config(c, world):
+    """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
+    split = runtime.split_batch(c, world)
+    runtime.check_range(c, "epochs log_every save_every keep_rows fpn fusion vfe second_layers", 1, 1e9, "1 or more")
+    runtime.check_range(c, "sparse second upsample", 1, 4096, "from 1 to 4096")
+    runtime.check_range(c, "lr image_lr labels", 1e-30, 1e6, "above 0")
+    runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames", 0, 1e9, "0 or more")
+    runtime.check_range(c, "max_points warm_up clip translation", 0, 1e9, "0 or more")
+    runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
+    runtime.check_range(c, "labels flip norm_momentum", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
+    runtime.check_range(c, "voxel", 1e-3, 10, "from .001 to 10")
+    low, high = c.point_range[:3], c.point_range[3:]
+    cells = [(b - a) / size for a, b, size in zip(low, high, c.voxel)]
+    whole = all(abs(n - round(n)) < 1e-3 and n >= 8 for n in cells)
+    if not whole or round(cells[0]) % 16 or round(cells[1]) % 16:
+        raise BadInput(f"--point-range {' '.join(map(str, c.point_range))}: not whole voxels, in x and y sixteens of them")
+    if c.upsample[1] != 2 * c.upsample[0]:
+        raise BadInput(f"--upsample {c.upsample[0]} {c.upsample[1]}: the second must be twice the first")
+    if c.init != "none" and not c.image:
+        raise BadInput("--init: with --no-image there is no image encoder")
+    return split
+
+
+def load_frames(c, run):
+    """-> frames to train on, frames held out, a note to print or None. Raises BadInput as data_det3d.find_frames does."""
+    synthetic.write_scenes(c, run)
+    train = data_det3d.find_frames(c.data_root, c.splits, c.skip_missing)
+    held_out = []
+    if c.eval_splits or c.eval_root:
+        held_out = data_det3d.find_frames(c.eval_root or c.data_root, c.eval_splits, c.skip_missing)
+        held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
+    flag = f"--eval-splits {' '.join(c.eval_splits)}"
+    data.check_unseen(train, held_out, flag)
+    train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
+    return train, held_out, data.shared_drives(train, held_out, flag)
+
+
+def load_detector(model, path):
+    """Weights of a whole detector, by their names: a last.pt of this script or mmdetection3d's. -> a line for the user."""
+    saved = read_checkpoint(path)
+    tensors = saved.get("model") or saved.get("state_dict") or saved if isinstance(saved, dict) else {}
+    own = model.state_dict()
+    fitting = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+    missing = sorted(own.keys() - fitting.keys())
+    learned = [k for k in missing if not k.endswith("num_batches_tracked")]
+    if learned:
+        others = f"{len(fitting)} of {len(own)} tensors fit, {learned[0]} does not"
+        raise BadInput(f"{path}: {others}; is it a detector of the same configuration?")
+    model.load_state_dict(fitting, strict=False)
+    left = len(tensors) - len(fitting)
+    return f"{path}: {len(fitting)} tensors of a detector loaded, {left} left"
+
+
+def train(c):
+    run = runtime.start_run(c.device, c.seed)
+    group, accumulate, a_step = check_config(c, run.world)
+
+    # ============ network and optimisers ============
+    model = Detector(c).to(run.device)
+    notes = []
+    if c.image and c.init != "none":
+        notes.append(weights.load_image_encoder(model.img_backbone, c.init, c.init_pixels))
+    if c.load:
+        notes.append(load_detector(model, c.load))
+    optimizers = build_optimizers(model, c)
+
+    # ============ data ============
+    frames, held_out, note = load_frames(c, run)
+    notes += [note] if note else []
+    if len(frames) < c.batch_size:
+        raise BadInput(f"--batch-size {c.batch_size}: the {len(frames)} frames found are too few")
+    inventory = data.inventory(frames)
+    steps_per_epoch = len(frames) // c.batch_size
+    steps = c.max_steps or c.epochs * steps_per_epoch
+    # what it starts from is part of the experiment, the path it lay at is not
+    start = {"start": runtime.hash_of(model.state_dict()) if c.load or c.init != "none" else "none"}
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)} | start
+    judgement = (lambda: eval_det3d.judge(model, held_out, c, run)) if held_out else None
+    loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "det3d", judgement)
+    bank = data_det3d.open_bank(frames, loop.folder, c.keep_rows, run) if c.moca else None
+    dataset = data_det3d.DetectionFrames(frames, c, model.layout, bank)
+    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
+    collate = functools.partial(data_det3d.collate, model.layout)
+    loaded = stream(dataset, batches, collate, c.workers, run)
+
+    def next_batch(step):
+        """The next forward pass's batch, augmented as in that step; None after the last."""
+        if step < steps:
+            box = data.random_image_scale(c.image_scale, c.seed, step)
+            return data_det3d.augment(next(loaded), box, model.layout, run.device)
+
+    # ============ the loop ============
+    batch = next_batch(loop.start)
+    about = runtime.provenance(run, __file__)
+    about |= {"config": runtime.as_json(c), "data": {"frames": len(frames), "fingerprint": identity["frames"]}}
+    million = sum(p.numel() for p in loop.owned) / 1e6
+    objects = f", {len(bank.entries)} objects to paste" if bank else ""
+    lines = [
+        *notes,
+        f"{c.name}: {len(frames)} frames, {len(held_out)} held out{objects}",
+        f"{million:.1f} M parameters that learn, {run.world} x {run.device.type}; {a_step}",
+        f"steps {loop.start} to {steps}, {steps_per_epoch} an epoch, into {loop.folder}/",
+    ]
+    loop.begin(steps, about, lines)
+    for step in loop:
+        loop.set_rate(rate(step, steps, c.warm_up))
+
+        # forward and backward, pass by pass; the next batch is fetched while a GPU still computes
+        for micro in range(accumulate):
+            last = micro == accumulate - 1
+            with loop.sharing(last):
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                    loss, stats = loop.model(batch, loop.reporting and last)
+                (loss / accumulate).backward()
+            loop.watch(loss, batch["index"])
+            batch = loop.waiting(next_batch, step + last)
+
+        if c.clip:
+            stats["grad_norm"] = nn.utils.clip_grad_norm_(loop.owned, c.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loop.stepped()
+
+        # once in a while: write how it goes, save, judge
+        if loop.reporting:
+            stats = loop.report(step // steps_per_epoch, stats)
+            loop.bar.set_postfix_str(f"loss {stats['loss']:.3f}")
+        if loop.saving:  # first: judging may stop at a broken file
+            loop.save(inventory=inventory)
+        if loop.judging:
+            loop.judge()
+    if not loop.stopping:
+        finish(model, c, run, frames, held_out, loop)
+
+
+def finish(model, c, run, frames, held_out, loop):
+    """AP on held-out frames, and a picture of one of them."""
+    if not run.main:
+        return
+    folder = loop.folder
+    pictures.draw_det3d_curves(folder / "log.jsonl", folder / "curves.png")
+    said = eval_det3d.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
+    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
+    if held_out:
+        print("\n" + "\n".join(eval_det3d.report(loop.judged)))
+
+
+def main():
+    runtime.command_line(lambda: tyro.extras.overridable_config_cli(PRESETS), train)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
