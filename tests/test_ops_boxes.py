@@ -107,7 +107,7 @@ def test_bev_iou_of_known_areas(library, dtype, near, far):
         if library == "torch":
             a, b = torch.from_numpy(a), torch.from_numpy(b)
         for found in (ops_boxes.bev_iou(a, b), ops_boxes.bev_iou(b, a)):
-            assert str(found.dtype).endswith(dtype)
+            assert str(found.dtype).endswith(dtype) and found.min() >= 0 and found.max() <= 1
             off = abs(np.asarray(found) - expected)
             wrong = {name: o for name, o in zip(CASES, off) if o > tolerance}
             assert not wrong
@@ -121,7 +121,9 @@ def test_bev_intersection_against_clipping(dtype, tolerance):
     assert (expected > 0).mean() > 0.2 and (expected == 0).mean() > 0.2
     a, b = a.astype(dtype), b.astype(dtype)
     found = ops_boxes.bev_intersection(a, b)
-    assert found.dtype == dtype
+    assert found.dtype == dtype and found.min() == 0
+    twins = np.concatenate([a[:, :6], a[:, 6:] + dtype(np.pi)], 1)
+    assert ops_boxes.bev_iou(a, twins).max() <= 1
     np.testing.assert_allclose(found, expected, atol=tolerance)
     same = ops_boxes.bev_intersection(torch.from_numpy(a), torch.from_numpy(b))
     np.testing.assert_allclose(same, found, atol=tolerance)
