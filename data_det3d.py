@@ -26,7 +26,11 @@ import runtime
 from files import BadInput, writing
 
 CLASSES = ("Pedestrian", "Cyclist", "Car")  # in the release's order, which is that of its anchors
-PASTED = {"Car": 12, "Pedestrian": 6, "Cyclist": 6}  # objects of a frame after pasting, in the order of pasting (release)
+PASTED = {
+    "Car": 12,
+    "Pedestrian": 6,
+    "Cyclist": 6,
+}  # objects of a frame after pasting, in the order of pasting (release)
 LEAST_POINTS = {"Car": 5, "Pedestrian": 10, "Cyclist": 10}  # of an object that is pasted (release)
 OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # a patch may lose one of these shares to another object's; drawn per class (release)
 HARD = (25, 2, 0.5)  # height above, occlusion and truncation at most: KITTI's "hard"; what is harder is not pasted
@@ -39,7 +43,9 @@ BEAMS, LOWEST, HIGHEST = 64, -24.8, 2.0  # rows of a Velodyne HDL-64E, their ele
 
 @dataclass
 class Scene:
-    """A frame and its objects. Boxes are those of ops_boxes, in the LiDAR frame; rects left, top, right, bottom, pixels."""
+    """A frame and its objects. Boxes are those of ops_boxes, in the LiDAR frame; rects left, top, right, bottom,
+    pixels.
+    """
 
     image: np.ndarray  # (H, W, 3) uint8
     points: np.ndarray  # (N, 4) float32, in the camera's view
@@ -115,7 +121,9 @@ def is_hard_or_easier(numbers):
 
 
 def objects_of(frame, number, keep_rows):
-    """The objects of a frame that may be pasted -> [(ENTRY without `at`, points (n, 4) float32, patch (h, w, 3) uint8)]."""
+    """The objects of a frame that may be pasted -> [(ENTRY without `at`, points (n, 4) float32, patch (h, w, 3)
+    uint8)].
+    """
     scene = read_scene(frame, keep_rows)
     _, numbers = data_kitti.read_labels(frame.label)
     height, width = scene.image.shape[:2]
@@ -138,7 +146,9 @@ def write_bank(frames, path, keep_rows=1):
     entries, end = [], 0
     found = runtime.ahead(lambda job: objects_of(job[1], job[0], keep_rows), enumerate(frames), os.cpu_count())
     with writing(path) as temporary, open(temporary, "wb") as f:
-        for objects in tqdm(found, "objects", len(frames), dynamic_ncols=True, mininterval=1, disable=len(frames) < 100):
+        for objects in tqdm(
+            found, "objects", len(frames), dynamic_ncols=True, mininterval=1, disable=len(frames) < 100
+        ):
             for entry, points, patch in objects:
                 entry["at"] = end
                 end += f.write(points.tobytes()) + f.write(np.ascontiguousarray(patch).tobytes())
@@ -156,11 +166,6 @@ class Bank:
         table = self.bytes[len(self.bytes) - 8 - count * ENTRY.itemsize : len(self.bytes) - 8]
         self.entries = np.frombuffer(table.tobytes(), ENTRY)
         self.of_class = [np.flatnonzero(self.entries["type"] == k) for k in range(len(CLASSES))]
-
-    def points(self, i):
-        entry = self.entries[i]
-        size = 16 * entry["count"]
-        return self.bytes[entry["at"] : entry["at"] + size].tobytes(), entry["count"]
 
     def read(self, i):
         """-> points (n, 4) float32 in its source's LiDAR frame, patch (h, w, 3) uint8."""
@@ -222,7 +227,9 @@ def paste(scene, bank, rng, limits=PASTED):
 
 
 def target_rect(entry, lidar2img):
-    """Where an object's patch belongs in an image with this calibration, (4,) pixels; None where it is not before it."""
+    """Where an object's patch belongs in an image with this calibration, (4,) pixels; None where it is not before
+    it.
+    """
     rect = entry["rect"].astype(float)
     if np.allclose(entry["lidar2img"], lidar2img):
         return rect

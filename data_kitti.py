@@ -205,8 +205,8 @@ def split_projection(frame):
 # labels
 
 
-def read_labels(path):
-    """KITTI's label_2, without DontCare. -> types (n,) and numbers float64 (n, 14).
+def read_labels(path, dont_care=False):
+    """KITTI's label_2. dont_care: with regions of that type. -> types (n,) and numbers float64 (n, 14).
 
     The numbers are truncated, occluded, alpha, left, top, right, bottom, h, w, l, x, y, z, ry: pixels, metres and
     radians, of camera 0, rectified. Raises BadInput for a line that is no label.
@@ -219,7 +219,7 @@ def read_labels(path):
             values = []
         if words and (len(values) < 14 or not np.isfinite(values).all()):
             raise BadInput(f"{path}: line {i} is no label (a type and 14 numbers)")
-        if words and words[0] != "DontCare":
+        if words and (dont_care or words[0] != "DontCare"):
             types.append(words[0])
             numbers.append(values)
     return np.array(types), np.array(numbers).reshape(-1, 14)

@@ -19,8 +19,14 @@ that its C++ prints. Wrong input raises `BadInput`, one line.
 from types import SimpleNamespace
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
+import data_det3d
+import data_kitti
 import ops_boxes
+import pictures
+import runtime
 from files import BadInput, writing
 
 TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")  # what may be detected
@@ -338,3 +344,86 @@ def table(found, frames, published=False):
 def _percent(column, i, asked):
     """A figure, or a dash where it is not known or where there was nothing to find."""
     return f"{column[i]:.2f}" if column and asked[i] and column[i] is not None else "-"
+
+
+# -----------------------------------------------------------------------------
+# a detector's figures
+
+
+def judging_box(c):
+    """The size (width, height) that images are judged at: the training size, or the middle of its range."""
+    if len(c.image_scale) == 2:
+        return tuple(c.image_scale)
+    return tuple((low + high) // 2 for low, high in zip(c.image_scale, c.image_scale[2:]))
+
+
+@torch.no_grad()
+def detections(model, frames, indices, c, device):
+    """What a detector (finetune_det3d.Detector, in eval mode) finds in frames[i] of `indices`, one after another.
+
+    -> boxes (n, 7) float64 in the LiDAR frame, scores (n,), classes (n,) of data_det3d.CLASSES, best first.
+    """
+    dataset = data_det3d.DetectionFrames(frames, c, model.layout, training=False)
+    for sample in runtime.ahead(lambda i: dataset[(0, i)], indices):
+        batch = data_det3d.collate(model.layout, [sample])
+        if isinstance(batch, BadInput):
+            raise batch
+        batch = data_det3d.augment(batch, judging_box(c), model.layout, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
+            boxes, scores, classes = (x[0].cpu() for x in model.detect(batch))
+        found = scores > 0
+        yield boxes[found].double().numpy(), scores[found].numpy(), classes[found].numpy()
+
+
+def as_results(frame, size, boxes, scores, classes):
+    """Detections in a frame as KITTI's result files have them. size: width, height of the image. -> types, numbers (n,
+    15).
+
+    The rectangle is that of the projected box, cut to the image; what does not reach into it is left out. Truncation
+    and occlusion are not told (-1).
+    """
+    rects = data_det3d.projected_rect(boxes, frame.lidar2img())
+    rects = rects.clip(0, np.tile(np.array(size) - 1, 2))
+    seen = (rects[:, 2:] > rects[:, :2]).all(1)
+    boxes, rects, scores, classes = boxes[seen], rects[seen], scores[seen], classes[seen]
+    _, velo2cam = data_kitti.split_projection(frame)
+    labels = ops_boxes.box_to_label(boxes, velo2cam)  # h, w, l, x, y, z, ry
+    alpha = labels[:, 6] - np.arctan2(labels[:, 3], labels[:, 5])
+    alpha = np.remainder(alpha + np.pi, 2 * np.pi) - np.pi
+    unknown = np.full(len(boxes), -1.0)
+    numbers = np.column_stack([unknown, unknown, alpha, rects, labels, scores])
+    return np.array([data_det3d.CLASSES[k] for k in classes], "U16"), numbers.reshape(-1, 15)
+
+
+def image_size(frame):
+    """Width, height."""
+    return frame.read_image().shape[1::-1]
+
+
+def judge(model, frames, c, run):
+    """A detector's figures on labelled frames, on every rank; each takes its share. -> result of `evaluate`.
+
+    The model is left in eval mode, and with rank 0's batch statistics, which are those that a checkpoint holds.
+    """
+    runtime.follow_main(model, run)
+    model.eval()
+    mine, found = range(run.rank, len(frames), run.world), []
+    bar = tqdm(mine, "judging", disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1)
+    for i, boxes in zip(bar, detections(model, frames, mine, c, run.device)):
+        found.append((i, as_results(frames[i], image_size(frames[i]), *boxes)))
+    results = [result for _, result in sorted(run.gather(found), key=lambda row: row[0])]
+    truths = [data_kitti.read_labels(f.label, dont_care=True) for f in frames]
+    return evaluate(truths, results) | {"frames": len(frames)}
+
+
+def report(found, published=False):
+    """Lines of text for a result of `judge`."""
+    return table({k: v for k, v in found.items() if k != "frames"}, found["frames"], published)
+
+
+def draw(model, frames, c, device, path):
+    """Picture of the frame with the most labelled objects; -> what was found, in words."""
+    most = max(range(len(frames)), key=lambda i: len(data_kitti.read_labels(frames[i].label)[0]))
+    ((boxes, scores, classes),) = detections(model.eval(), frames, [most], c, device)
+    scene = data_det3d.read_scene(frames[most], c.keep_rows)
+    return pictures.draw_det3d(scene, boxes, scores, classes, path, frames[most].name)

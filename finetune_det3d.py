@@ -35,7 +35,7 @@ from torch import nn
 import data
 import data_det3d
 import encoders
-import eval_det3d
+import eval_boxes
 import ops_boxes
 import ops_sparse
 import ops_triton as ops
@@ -138,7 +138,9 @@ class Config:
     lr: float = 3e-3
     """Of all but the image branch: AdamW, betas (.95, .99), weight decay .01."""
     image_lr: float = 5e-3
-    """Of the image encoder and its pyramid: SGD, momentum .9, weight decay 1e-4. With image_optimizer=adamw use lr's."""
+    """Of the image encoder and its pyramid: SGD, momentum .9, weight decay 1e-4. With image_optimizer=adamw use
+    lr's.
+    """
     image_optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is the release's."""
     warm_up: int = 1000
@@ -178,8 +180,8 @@ PRESETS = {
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config()),
 }  # fmt: skip
 
-# (width, length, height, z of the bottom), metres; IoU from above from which an anchor is an object's, below which it is
-# background, and from which at least an object's best anchor is taken (release)
+# (width, length, height, z of the bottom), metres; IoU from above from which an anchor is an object's, below which it
+# is background, and from which at least an object's best anchor is taken (release)
 ANCHORS = {
     "Pedestrian": ((0.6, 0.8, 1.73, -0.6), (0.35, 0.2, 0.2)),
     "Cyclist": ((0.6, 1.76, 1.73, -0.6), (0.35, 0.2, 0.2)),
@@ -323,7 +325,9 @@ def voxel_max(x, rows, count):
 
 
 class SparseEncoder(nn.Module):
-    """SECOND's: submanifold layers, strided ones between four stages, and one that flattens. -> a map seen from above."""
+    """SECOND's: submanifold layers, strided ones between four stages, and one that flattens. -> a map seen from
+    above.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -385,7 +389,9 @@ class SECONDFPN(nn.Module):
 
 
 class Anchor3DHead(nn.Module):
-    """Of every anchor: scores of the classes, the box's code, its direction. Maps -> (B, anchors, 3), (.., 7), (.., 2)."""
+    """Of every anchor: scores of the classes, the box's code, its direction. Maps -> (B, anchors, 3), (.., 7), (..,
+    2).
+    """
 
     def __init__(self, cin):
         super().__init__()
@@ -481,8 +487,9 @@ class Detector(nn.Module):
 
 
 def encode(boxes, anchors):
-    """Boxes (..., 7) as codes relative to their anchors (..., 7): offsets over the anchor's diagonal and height, logs of
-    ratios (width, length, height), and the difference of yaws, its sign mmdetection3d's (SECOND, section 3.3)."""
+    """Boxes (..., 7) as codes relative to their anchors (..., 7): offsets over the anchor's diagonal and height, logs
+    of ratios (width, length, height), and the difference of yaws, its sign mmdetection3d's (SECOND, section 3.3).
+    """
     diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
     x, y = ((boxes[..., i] - anchors[..., i]) / diagonal for i in (0, 1))
     z = (boxes[..., 2] - anchors[..., 2]) / anchors[..., 5]
@@ -560,8 +567,8 @@ def detection_losses(scores, codes, directions, anchors, target):
 def select(scores, codes, directions, anchors):
     """The raw answers of all anchors -> boxes (B, K, 7), scores (B, K), classes (B, K): AFTER_NMS, best first.
 
-    The best BEFORE_NMS anchors, by their best class; those above MIN_SCORE; suppression class by class. A score of 0 says
-    that there is no box.
+    The best BEFORE_NMS anchors, by their best class; those above MIN_SCORE; suppression class by class. A score of 0
+    says that there is no box.
     """
     scores = scores.sigmoid()
     top = scores.amax(2).topk(min(BEFORE_NMS, scores.shape[1])).indices  # (B, K)
@@ -620,7 +627,9 @@ def check_config(c, world):
     cells = [(b - a) / size for a, b, size in zip(low, high, c.voxel)]
     whole = all(abs(n - round(n)) < 1e-3 and n >= 8 for n in cells)
     if not whole or round(cells[0]) % 16 or round(cells[1]) % 16:
-        raise BadInput(f"--point-range {' '.join(map(str, c.point_range))}: not whole voxels, in x and y sixteens of them")
+        raise BadInput(
+            f"--point-range {' '.join(map(str, c.point_range))}: not whole voxels, in x and y sixteens of them"
+        )
     if c.upsample[1] != 2 * c.upsample[0]:
         raise BadInput(f"--upsample {c.upsample[0]} {c.upsample[1]}: the second must be twice the first")
     if c.init != "none" and not c.image:
@@ -629,7 +638,9 @@ def check_config(c, world):
 
 
 def load_frames(c, run):
-    """-> frames to train on, frames held out, a note to print or None. Raises BadInput as data_det3d.find_frames does."""
+    """-> frames to train on, frames held out, a note to print or None. Raises BadInput as data_det3d.find_frames
+    does.
+    """
     synthetic.write_scenes(c, run)
     train = data_det3d.find_frames(c.data_root, c.splits, c.skip_missing)
     held_out = []
@@ -643,7 +654,9 @@ def load_frames(c, run):
 
 
 def load_detector(model, path):
-    """Weights of a whole detector, by their names: a last.pt of this script or mmdetection3d's. -> a line for the user."""
+    """Weights of a whole detector, by their names: a last.pt of this script or mmdetection3d's. -> a line for the
+    user.
+    """
     saved = read_checkpoint(path)
     tensors = saved.get("model") or saved.get("state_dict") or saved if isinstance(saved, dict) else {}
     own = model.state_dict()
@@ -682,7 +695,7 @@ def train(c):
     # what it starts from is part of the experiment, the path it lay at is not
     start = {"start": runtime.hash_of(model.state_dict()) if c.load or c.init != "none" else "none"}
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)} | start
-    judgement = (lambda: eval_det3d.judge(model, held_out, c, run)) if held_out else None
+    judgement = (lambda: eval_boxes.judge(model, held_out, c, run)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "det3d", judgement)
     bank = data_det3d.open_bank(frames, loop.folder, c.keep_rows, run) if c.moca else None
     dataset = data_det3d.DetectionFrames(frames, c, model.layout, bank)
@@ -747,10 +760,10 @@ def finish(model, c, run, frames, held_out, loop):
         return
     folder = loop.folder
     pictures.draw_det3d_curves(folder / "log.jsonl", folder / "curves.png")
-    said = eval_det3d.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
+    said = eval_boxes.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
     if held_out:
-        print("\n" + "\n".join(eval_det3d.report(loop.judged)))
+        print("\n" + "\n".join(eval_boxes.report(loop.judged)))
 
 
 def main():

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
 import data
+import data_det3d
 import encoders
+import ops_boxes
 import ops_triton as ops
 from files import BadInput, read_log, writing
 
@@ -718,3 +720,83 @@ def draw_depth(image, prediction, truth, path, title, high=None):
         f"{int(both.sum())} pixels with ground truth, {100 * share:.1f} % of all: {measured}"
         + f"; prediction NaN or infinite at {missing}" * bool(missing)
     )
+
+
+# -----------------------------------------------------------------------------
+# boxes
+
+LABELLED, FOUND = "tab:green", "tab:red"
+RING = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4]  # a path along the edges of a box's bottom, one upright edge, and its top
+UPRIGHT = [(1, 5), (2, 6), (3, 7)]  # the other upright edges
+SHOWN = 0.3  # of detections, the score from which they are drawn
+
+
+def draw_det3d_curves(log_path, path):
+    """The three losses, AP of held-out frames where it was asked more than once, and the learning rate."""
+    lines = read_log(log_path)
+    log, judged = ([line for line in lines if key in line] for key in ("lr", "det3d"))
+    steps = [line["step"] for line in log]
+    losses = []
+    for loss, colour in (("classes", "tab:blue"), ("boxes", "tab:orange"), ("direction", "tab:green")):
+        losses.append((steps, [line[loss] for line in log], {"color": colour, "label": loss}))
+    scores = []
+    if len(judged) > 1:
+        at = [line["step"] for line in judged]
+        for name, colour in (("Car", "tab:blue"), ("Pedestrian", "tab:orange"), ("Cyclist", "tab:green")):
+            ap = [line["det3d"][name]["3d loose"]["AP40"][1] for line in judged]
+            scores.append((at, ap, {"color": colour, "marker": "o", "ms": 3, "label": name}))
+    rate = [(steps, [line["lr"][0] for line in log], {"label": "AdamW"})]
+    panels = {"losses": losses, "unseen frames: 3D AP40, loose, moderate, %": scores, "learning rate": rate}
+    _draw_panels(panels if log else {}, path)
+
+
+def draw_det3d(scene, boxes, scores, classes, path, title):
+    """Are the boxes right? Labelled boxes green, found ones red with their scores: on the image, and seen from above.
+
+    scene: data_det3d.Scene; boxes (n, 7), scores (n,), classes (n,): of a detector. Those above a score of SHOWN are
+    drawn. -> what was found, in words.
+    """
+    shown = scores > SHOWN
+    boxes, scores, classes = boxes[shown], scores[shown], classes[shown]
+    known = scene.classes >= 0
+    truth, truth_classes = scene.boxes[known], scene.classes[known]
+    height, width = scene.image.shape[:2]
+    plt, figure = _figure(14, 14 * height / width + 9.4)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[14 * height / width + 0.8, 8.6])
+    on_image, above = top.subplots(), bottom.subplots()
+    on_image.imshow(scene.image)
+    far = max(30.0, *(float(b[0]) + 8 for b in (*truth, *boxes)))
+    cloud = scene.points[scene.points[:, 0] < far]
+    above.scatter(-cloud[:, 1], cloud[:, 0], s=0.6, c="0.6", linewidths=0)
+    for kind, colour, style in ((truth, LABELLED, "-"), (boxes, FOUND, "--")):
+        corners = ops_boxes.corners(kind)  # (n, 8, 3)
+        for box, points in zip(kind, corners):
+            uv, depth = data.project(points, scene.lidar2img)
+            if depth.min() > 0.5:
+                on_image.plot(*uv[RING].T, style, c=colour, lw=1.4)
+                for pair in UPRIGHT:
+                    on_image.plot(*uv[list(pair)].T, style, c=colour, lw=1.4)
+            ring = points[[0, 1, 2, 3, 0]]
+            above.plot(-ring[:, 1], ring[:, 0], style, c=colour, lw=1.6)
+            ahead = box[:2] + (points[0, :2] + points[3, :2] - 2 * box[:2]) * 0.75
+            above.plot([-box[1], -ahead[1]], [box[0], ahead[0]], style, c=colour, lw=1.2)
+    for box, points, score, k in zip(boxes, ops_boxes.corners(boxes), scores, classes):
+        said = f"{data_det3d.CLASSES[k]} {score:.2f}"
+        above.text(-box[1] + 1.2, box[0], said, color=FOUND, fontsize=9, va="center", clip_on=True)
+        uv, depth = data.project(points, scene.lidar2img)
+        if depth.min() > 0.5:
+            at = uv.min(0)
+            patch = {"fc": "white", "alpha": 0.7, "pad": 0.8, "lw": 0}
+            on_image.text(at[0], at[1] - 3, said, color=FOUND, fontsize=8, va="bottom", bbox=patch, clip_on=True)
+    counts = [f"{name} {(truth_classes == k).sum()} labelled, {(classes == k).sum()} found"
+              for k, name in enumerate(data_det3d.CLASSES)]  # fmt: skip
+    said = "; ".join(counts)
+    top.suptitle(f"{title}: labelled boxes green, found ones (score above {SHOWN}) red and dashed\n{said}", fontsize=12)
+    on_image.set_xlim(-0.5, width - 0.5)
+    on_image.set_ylim(height - 0.5, -0.5)
+    on_image.axis("off")
+    _from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
+    above.set_ylim(0, far)
+    above.set_xlim(-28, 28)
+    _save(plt, figure, path)
+    return said

@@ -13,7 +13,6 @@ import torch
 import torch.multiprocessing as mp
 from conftest import needs_gpu
 
-import encoders
 import files
 import runtime
 import simipu
