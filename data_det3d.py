@@ -9,6 +9,7 @@ the voxels of every stage. The device augments images, as in pre-training: lidar
 keeps its pixel. Frames hold different numbers of points and boxes: points of a batch lie end to end, boxes are padded.
 """
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,24 @@ LEAST_POINTS = {"Car": 5, "Pedestrian": 10, "Cyclist": 10}  # of an object that 
 OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # a patch may lose one of these shares to another object's; drawn per class (release)
 HARD = (25, 2, 0.5)  # height above, occlusion and truncation at most: KITTI's "hard"; what is harder is not pasted
 BEAMS, LOWEST, HIGHEST = 64, -24.8, 2.0  # rows of a Velodyne HDL-64E, their elevations in degrees
+
+
+# -----------------------------------------------------------------------------
+# space
+
+
+class Layout:
+    """Where voxels and the cells of the head are, metres in the LiDAR's frame. c: finetune_det3d.Config."""
+
+    def __init__(self, c):
+        self.range, self.voxel = c.point_range, c.voxel
+        cells = [round((high - low) / size) for low, high, size in zip(self.range, self.range[3:], self.voxel)]
+        self.grid = ops_sparse.Grid((cells[2] + 1, cells[1], cells[0]))  # one more above, as in the release
+        half = functools.partial(ops_sparse.Window, (3, 3, 3), (2, 2, 2))
+        flat = ops_sparse.Window((3, 1, 1), (2, 1, 1), (0, 0, 0))
+        self.windows = [half((1, 1, 1)), half((1, 1, 1)), half((0, 1, 1)), flat]
+        self.stride = 8 / c.upsample[0]  # of the head's cells, in voxels
+        self.cells = cells[0] // 8 * c.upsample[0], cells[1] // 8 * c.upsample[0]  # along x, y
 
 
 # -----------------------------------------------------------------------------

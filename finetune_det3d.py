@@ -43,7 +43,7 @@ import pictures
 import runtime
 import synthetic
 import weights
-from data_det3d import CLASSES
+from data_det3d import CLASSES, Layout
 from files import BadInput, read_checkpoint
 from loop import Loop, stream
 
@@ -123,6 +123,8 @@ class Config:
     """3x3 convolutions of a block, after its first."""
     upsample: tuple[int, int] = (1, 2)
     """How many times each block's map is enlarged before the head: (2, 4) makes cells half as large."""
+    neck: int = 256
+    """Channels of each block's enlarged map."""
     norm_momentum: float = 0.01
     """Of the points' batch norms. Short runs want .1."""
     # ---- optimisation ----
@@ -172,7 +174,7 @@ PRESETS = {
             rotation=10.0, translation=0.1, image_scale=(320, 96),
             point_range=(0.0, -25.6, -3.0, 51.2, 25.6, 1.0), voxel=(0.1, 0.1, 0.1),
             image_encoder="resnet18", freeze=False, fpn=32, fusion=32, vfe=32, sparse=(16, 16, 32, 32, 64),
-            second=(64, 128), second_layers=2, upsample=(2, 4), norm_momentum=0.1,
+            second=(64, 128), second_layers=2, upsample=(2, 4), neck=64, norm_momentum=0.1,
             batch_size=4, max_steps=260, lr=4e-3, image_lr=4e-3, image_optimizer="adamw", warm_up=78, clip=10.0,
             log_every=5, save_every=65,
         ),
@@ -197,35 +199,6 @@ MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.1, 100, 0.01, 50  # of a predi
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "name", "out", "device", "log_every", "save_every", "init", "load"}
 FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
-
-
-class Layout:
-    """Where voxels and the cells of the head are, metres in the LiDAR's frame."""
-
-    def __init__(self, c):
-        self.range, self.voxel = c.point_range, c.voxel
-        cells = [round((high - low) / size) for low, high, size in zip(self.range, self.range[3:], self.voxel)]
-        self.grid = ops_sparse.Grid((cells[2] + 1, cells[1], cells[0]))  # one more above, as in the release
-        half = functools.partial(ops_sparse.Window, (3, 3, 3), (2, 2, 2))
-        flat = ops_sparse.Window((3, 1, 1), (2, 1, 1), (0, 0, 0))
-        self.windows = [half((1, 1, 1)), half((1, 1, 1)), half((0, 1, 1)), flat]
-        self.stride = 8 / c.upsample[0]  # of the head's cells, in voxels
-        self.cells = cells[1] // 8 * c.upsample[0], cells[0] // 8 * c.upsample[0]  # y, x
-
-    def anchors(self):
-        """(y, x, classes, yaws, 7) boxes. Cell i of an unenlarged map is centred on voxel 8 i."""
-        y, x = (
-            (self.stride * (torch.arange(n) + 0.5) - 3.5) * self.voxel[axis] + self.range[axis]
-            for n, axis in zip(self.cells, (1, 0))
-        )
-        boxes = torch.zeros(len(y), len(x), len(CLASSES), len(YAWS), 7)
-        boxes[..., 0] = x[None, :, None, None]
-        boxes[..., 1] = y[:, None, None, None]
-        for k, name in enumerate(CLASSES):
-            width, length, height, bottom = ANCHORS[name][0]
-            boxes[:, :, k, :, 2:6] = torch.tensor([bottom + height / 2, length, width, height])
-        boxes[..., 6] = torch.tensor(YAWS)
-        return boxes
 
 
 # -----------------------------------------------------------------------------
@@ -376,12 +349,11 @@ class SECOND(nn.Module):
 
 
 class SECONDFPN(nn.Module):
-    """Both maps brought to one size, 256 channels each (or twice the first block's), side by side."""
+    """Both maps brought to one size and number of channels, side by side."""
 
     def __init__(self, c):
         super().__init__()
-        self.width = 2 * c.second[0]
-        enlarge = lambda cin, n: nn.ConvTranspose2d(cin, self.width, n, n, bias=False)
+        enlarge = lambda cin, n: nn.ConvTranspose2d(cin, c.neck, n, n, bias=False)
         self.deblocks = nn.ModuleList(flat_layers(c, enlarge(cin, n)) for cin, n in zip(c.second, c.upsample))
 
     def forward(self, maps):
@@ -426,11 +398,14 @@ class Detector(nn.Module):
         self.pts_middle_encoder = SparseEncoder(c)
         self.pts_backbone = SECOND(c, 2 * c.sparse[4])
         self.pts_neck = SECONDFPN(c)
-        self.pts_bbox_head = Anchor3DHead(2 * self.pts_neck.width)
-        self.register_buffer("anchors", self.layout.anchors().flatten(0, 3), persistent=False)  # (anchors, 7)
+        self.pts_bbox_head = Anchor3DHead(2 * c.neck)
+        self.register_buffer("anchors", anchor_grid(self.layout), persistent=False)  # (Y, X, classes, yaws, 7)
         if self.freeze:
             for part in self.frozen_parts():
                 part.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                module.to(memory_format=torch.channels_last)  # faster, on CPUs too
 
     def frozen_parts(self):
         encoder = self.img_backbone
@@ -456,6 +431,7 @@ class Detector(nn.Module):
             cells.append(cells[-1] / 2)  # of the pyramid's last map, which takes every other cell
         x = self.pts_voxel_encoder(batch, maps, cells)
         x = self.pts_middle_encoder(x, batch["levels"], len(batch["image"]))
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.pts_bbox_head(self.pts_neck(self.pts_backbone(x)))
 
     def pixels(self, batch):
@@ -470,7 +446,7 @@ class Detector(nn.Module):
         scores, codes, directions = self.answers(batch)
         with torch.autocast(scores.device.type, enabled=False):
             target = assign(self.anchors, batch["boxes"], batch["classes"])
-            losses = detection_losses(scores, codes, directions, self.anchors, target)
+            losses = detection_losses(scores, codes, directions, self.anchors.flatten(0, 3), target)
         loss = sum(losses.values())
         if not report:
             return loss, {}
@@ -479,11 +455,27 @@ class Detector(nn.Module):
 
     def detect(self, batch):
         """-> boxes (B, K, 7), scores (B, K), classes (B, K), best first; a score of 0 says that there is no box."""
-        return select(*self.answers(batch), self.anchors)
+        return select(*self.answers(batch), self.anchors.flatten(0, 3))
 
 
 # -----------------------------------------------------------------------------
 # boxes and anchors
+
+
+def anchor_grid(layout):
+    """(Y, X, classes, yaws, 7) boxes. Cell i of an unenlarged map is centred on voxel 8 i."""
+    x, y = (
+        (layout.stride * (torch.arange(layout.cells[axis]) + 0.5) - 3.5) * layout.voxel[axis] + layout.range[axis]
+        for axis in (0, 1)
+    )
+    boxes = torch.zeros(len(y), len(x), len(CLASSES), len(YAWS), 7)
+    boxes[..., 0] = x[None, :, None, None]
+    boxes[..., 1] = y[:, None, None, None]
+    for k, name in enumerate(CLASSES):
+        width, length, height, bottom = ANCHORS[name][0]
+        boxes[:, :, k, :, 2:6] = torch.tensor([bottom + height / 2, length, width, height])
+    boxes[..., 6] = torch.tensor(YAWS)
+    return boxes
 
 
 def encode(boxes, anchors):
@@ -512,32 +504,56 @@ def direction_bin(yaw):
 
 
 def assign(anchors, boxes, classes):
-    """Which anchor answers for which box. anchors (A, 7), boxes (B, M, 7), classes (B, M), -1 for none.
+    """Which anchor answers for which box. anchors (Y, X, K, R, 7), boxes (B, M, 7), classes (B, M), -1 for none.
 
     An anchor belongs to the box of its class with which it overlaps most, seen from above with yaws rounded to quarter
     turns, where that is enough; and a box's best anchors are its own from a lower threshold on (mmdetection3d's
     MaxIoUAssigner). -> dict(classes (B, A): index, -1 background, -2 neither; boxes (B, A, 7), of the positive ones).
     """
-    B, M = classes.shape
-    per_class = anchors.view(-1, len(CLASSES), len(YAWS), 7)
+    M = classes.shape[1]
+    number = torch.arange(1, M + 1, device=boxes.device)
     labels, owners = [], []
     for k, name in enumerate(CLASSES):
         positive, negative, least = ANCHORS[name][1]
-        mine = per_class[:, k].flatten(0, 1)  # (A / 3, 7)
-        overlap = ops_boxes.nearest_bev_iou(mine[None, :, None], boxes[:, None])  # (B, A / 3, M)
-        overlap = overlap.masked_fill((classes != k)[:, None], -1.0)
-        best, owner = overlap.max(2)
+        overlap = torch.stack([grid_overlap(anchors[:, :, k, r], boxes) for r in range(len(YAWS))], 3)
+        overlap = overlap.masked_fill((classes != k)[:, None, None, None], -1.0)  # (B, Y, X, R, M)
+        best, owner = overlap.max(4)
         label = torch.where(best >= positive, k, torch.where(best < negative, -1, -2))
-        highest = overlap.amax(1, keepdim=True)
-        favourite = (overlap == highest) & (highest >= least)  # (B, A / 3, M): an anchor that no other overlaps better
-        number = torch.arange(1, M + 1, device=boxes.device)
-        last = (favourite * number).amax(2)  # of several boxes the last, as in mmdetection3d
-        owner = torch.where(last > 0, last - 1, owner)
-        label = torch.where(last > 0, k, label)
-        labels.append(label.view(B, -1, 1, len(YAWS)))
-        owners.append(owner.view(B, -1, 1, len(YAWS)))
-    label, owner = (torch.cat(parts, 2).flatten(1) for parts in (labels, owners))
+        highest = overlap.amax((1, 2, 3), keepdim=True)
+        favourite = (overlap == highest) & (highest >= least)  # an anchor that the box overlaps as well as any
+        last = (favourite * number).amax(4)  # of several boxes the last, as in mmdetection3d
+        owners.append(torch.where(last > 0, last - 1, owner))
+        labels.append(torch.where(last > 0, k, label))
+    label, owner = (torch.stack(parts, 3).flatten(1) for parts in (labels, owners))  # (B, A)
     return {"classes": label, "boxes": boxes.gather(1, owner[..., None].expand(-1, -1, 7))}
+
+
+def grid_overlap(anchors, boxes):
+    """ops_boxes.nearest_bev_iou of anchors (Y, X, 7), a grid of one box, with boxes (B, M, 7) -> (B, Y, X, M).
+
+    Such overlaps are products of what columns and rows have in common: two operations a pair, not twenty.
+    """
+    half_x, half_y = half_sides(anchors[0, 0])
+    box_x, box_y = half_sides(boxes)  # (B, M)
+    columns, rows = anchors[0, :, 0, None], anchors[:, 0, 1, None]  # (X, 1), (Y, 1)
+
+    def common(at, half, centre, box_half):
+        high = torch.minimum(at + half, (centre + box_half)[:, None])
+        low = torch.maximum(at - half, (centre - box_half)[:, None])
+        return (high - low).clamp(min=0)  # (B, cells, M)
+
+    x = common(columns, half_x, boxes[..., 0], box_x)
+    y = common(rows, half_y, boxes[..., 1], box_y)
+    shared = y[:, :, None] * x[:, None]  # (B, Y, X, M)
+    areas = 4 * (half_x * half_y + box_x * box_y)
+    return shared / (areas[:, None, None] - shared).clamp(min=1e-9)
+
+
+def half_sides(boxes):
+    """Half the sides along x and y of boxes (..., 7), their yaws rounded to quarter turns."""
+    across = boxes[..., 6].sin().abs() > boxes[..., 6].cos().abs()
+    length, width = boxes[..., 3] / 2, boxes[..., 4] / 2
+    return torch.where(across, width, length), torch.where(across, length, width)
 
 
 def detection_losses(scores, codes, directions, anchors, target):
