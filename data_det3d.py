@@ -35,7 +35,7 @@ PASTED = {
 LEAST_POINTS = {"Car": 5, "Pedestrian": 10, "Cyclist": 10}  # of an object that is pasted (release)
 OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # a patch may lose one of these shares to another object's; drawn per class (release)
 HARD = (25, 2, 0.5)  # height above, occlusion and truncation at most: KITTI's "hard"; what is harder is not pasted
-BEAMS, LOWEST, HIGHEST = 64, -24.8, 2.0  # rows of a Velodyne HDL-64E, their elevations in degrees
+BEAMS = np.r_[np.linspace(-24.8, -8.83, 32), np.linspace(-8.33, 2, 32)]  # degrees: rows of a Velodyne HDL-64E
 
 
 # -----------------------------------------------------------------------------
@@ -91,8 +91,7 @@ def read_scene(frame, keep_rows=1):
 def lidar_rows(points):
     """Which of the sensor's rows each of points (N, 3+) is from, by its elevation: (N,) int64, the lowest is 0."""
     elevation = np.degrees(np.arctan2(points[:, 2], np.linalg.norm(points[:, :2], axis=1)))
-    row = (elevation - LOWEST) / (HIGHEST - LOWEST) * (BEAMS - 1)
-    return np.rint(row).astype(np.int64)
+    return np.searchsorted((BEAMS[1:] + BEAMS[:-1]) / 2, elevation)
 
 
 def find_frames(roots, splits, skip_missing=False):
