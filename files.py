@@ -1,10 +1,22 @@
-"""Errors that a user can mend, and files that are whole or absent. This module imports none of the others."""
+"""Errors that a user can mend, files that are whole or absent, and checkpoints of anybody. This module imports none of
+the others.
+"""
 
+import argparse
+import codecs
+import collections
 import contextlib
 import json
 import os
+import pickle
+import re
+import textwrap
+import warnings
+import zipfile
 from pathlib import Path
 
+import numpy as np
+import safetensors
 import torch
 
 
@@ -47,14 +59,190 @@ def save_atomically(obj, path):
             raise e.__context__ if isinstance(e.__context__, OSError) else e
 
 
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+class StandIn:
+    """In the place of a class or function that only its own program knows: nothing of it is run.
+
+    An object of the class becomes the items that it has as a dict; most have none.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        return collections.OrderedDict()
+
+
+def _harmless():
+    """What a pickle may name and get, by the names that numpy 1 and numpy 2 wrote: numbers, arrays and arguments."""
+    types = {type(np.dtype(code)) for code in np.typecodes["All"]}
+    allowed = {f"numpy.dtypes.{t.__name__}": t for t in types}
+    allowed |= {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "argparse.Namespace": argparse.Namespace}
+    for core in ("numpy.core", "numpy._core"):
+        allowed[f"{core}.multiarray.scalar"] = np.float64().__reduce__()[0]
+        allowed[f"{core}.multiarray._reconstruct"] = np.empty(0).__reduce__()[0]
+        allowed[f"{core}.numeric._frombuffer"] = np.empty(1).__reduce_ex__(5)[0]
+    return allowed
+
+
+HARMLESS = _harmless()
+# torch allows these itself
+PLAIN = {"_codecs.encode": codecs.encode, "collections.OrderedDict": collections.OrderedDict}
+TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # at the start of what torch.save wrote before 1.6
+NOT_ALLOWED = re.compile(r"GLOBAL (\S+) was not an allowed global")  # torch names what it would not load
+BLOCKED = re.compile(r"unsupported GLOBAL (\S+) whose module")  # what no one may allow: os, sys
+SIGNATURES = {
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"BZh": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"\x89HDF": "HDF5, as Keras writes it, not torch.save's",
+    b"\x93NUMPY": "one array of numpy.save, without names",
+}
+
+
 def read_checkpoint(path):
-    """What torch.save wrote, on the CPU. Raises BadInput for a file that is missing or cannot be read safely."""
+    """What is in a checkpoint, on the CPU; no code in it is run.
+
+    Read are torch.save's files (zip, and the form before torch 1.6) by torch.load(weights_only=True); safetensors, a
+    dict of tensors with the file's "__metadata__", a dict of strings; and plain pickles of dicts of numpy arrays
+    (detectron2). Raises BadInput, one line with the reason, for all else.
+    """
+    return read_any(path)[0]
+
+
+def read_any(path):
+    """As `read_checkpoint` -> contents, names of the classes whose objects were not restored (see StandIn)."""
+    path, foreign = Path(path), []
+    start = _first_bytes(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if start[5:9] == b"\0\0\0{":  # the length of a JSON header, then the header
+            return _read_safetensors(path), foreign
+        if start[:1] == b"\x80" and TORCH_MAGIC not in start[:32]:
+            return _read_pickle(path, foreign), foreign
+        return _read_torch(path, foreign), foreign
+    except Exception as e:  # a broken file is answered with half a dozen types
+        raise BadInput(f"{path}: not a readable checkpoint: {_reason(path, start, e, foreign)}") from None
+
+
+def _first_bytes(path):
+    """The first 512 bytes. Raises BadInput where there is no file to read."""
+    try:
+        with path.open("rb") as f:
+            return f.read(512)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except Exception as e:  # torch.load answers a broken file with half a dozen types
-        raise BadInput(f"{path}: not a readable checkpoint ({type(e).__name__})") from None
+        if not path.is_symlink():
+            raise BadInput(f"{path}: no such file") from None
+        target = os.readlink(path)
+        hint = "; `git annex get` fetches it" if "annex/objects/" in target else ""
+        raise BadInput(f"{path}: a link to {target}, which is not there{hint}") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path}: a folder; name a file in it") from None
+    except OSError as e:
+        raise BadInput(f"{path}: not readable ({e.strerror})") from None
+
+
+def _read_safetensors(path):
+    with safetensors.safe_open(path, framework="pt") as f:
+        metadata = f.metadata() or {}
+        return {"__metadata__": metadata} | {name: f.get_tensor(name) for name in f.keys()}
+
+
+def _read_torch(path, foreign):
+    """torch.load(weights_only=True). Classes that it names and refuses are added to `foreign`, and stand-ins loaded."""
+    while True:
+        allowed = HARMLESS | {name: StandIn for name in foreign}
+        try:
+            with torch.serialization.safe_globals([(v, k) for k, v in allowed.items()]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols; what fails has its own line
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:
+            refused = NOT_ALLOWED.search(str(e))
+            if not refused:
+                raise
+            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+            if name in foreign:
+                raise
+            foreign.append(name)
+
+
+def _read_pickle(path, foreign):
+    """A pickle that torch.save did not write, such as detectron2's: dicts, lists, numbers, text and numpy arrays."""
+    with path.open("rb") as f:
+        return Restricted(f, foreign).load()
+
+
+class Restricted(pickle.Unpickler):
+    """Python's own, that looks nothing up but HARMLESS and PLAIN."""
+
+    def __init__(self, file, foreign):
+        super().__init__(file, encoding="latin1")  # so are the arrays of Python 2
+        self.foreign = foreign
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        found = (HARMLESS | PLAIN).get(name, StandIn)
+        if found is StandIn and name not in self.foreign:
+            self.foreign.append(name)
+        return found
+
+
+def _reason(path, start, error, foreign):
+    """Why a file could not be read, in some words. start: its first bytes. foreign: names that it got stand-ins for."""
+    instead = _instead(start)
+    if not instead and start.startswith(b"PK") and zipfile.is_zipfile(path):
+        instead = _zip_instead(zipfile.ZipFile(path).namelist())
+        if not instead and "Unsupported operand" in str(error):
+            instead = "saved with a pickle_protocol that cannot be read safely; save it again without"
+    if instead:
+        return instead
+    blocked = BLOCKED.search(str(error))
+    if blocked:
+        return f"it names {blocked[1]}, which is a program and no weights"
+    what = "broken or truncated"
+    if foreign:
+        what += f", or objects of {', '.join(foreign[:3])} stand in the way"
+    said = str(error).split("WeightsUnpickler error:")[-1]
+    said = textwrap.shorten(f"{type(error).__name__}: {said}", 120, placeholder=" ...")
+    return f"{what} ({path.stat().st_size:,} bytes; {said})"
+
+
+def _instead(start):
+    """What a file is instead of a checkpoint, by its first bytes; None where they do not show it."""
+    if not start:
+        return "it is empty"
+    text = start.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
+    first_line = repr(text.split("\n")[0][:40])
+    if text.startswith("version https://git-lfs"):
+        return "a pointer of Git LFS; `git lfs pull` fetches the file itself"
+    if "annex/objects/" in text and "\n" not in text.strip():
+        return "a pointer of git-annex; `git annex get` fetches the file itself"
+    if text.startswith("<"):
+        return f"a web page, {first_line}; was the download refused?"
+    readable = sum(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start)
+    if b"\0" not in start and readable > 0.9 * len(start):
+        return f"text, {first_line}"
+    if start[257:262] == b"ustar":
+        return "a tar archive; unpack it first (if a torch before 0.2 saved it: save it again)"
+    for signature, words in SIGNATURES.items():
+        if start.startswith(signature):
+            return words
+    return None
+
+
+def _zip_instead(names):
+    """What a zip archive is instead of torch.save's, by the names in it; None if it is torch.save's."""
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript archive, which is a program; save the state_dict() of torch.jit.load(...)"
+    if not any(name.endswith("/data.pkl") for name in names):
+        held = textwrap.shorten(", ".join(names), 80, placeholder=" ...")
+        return f"a zip archive of other files, {held}; unpack it first"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# text
 
 
 def read_text(path):
