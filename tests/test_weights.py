@@ -340,10 +340,10 @@ class PointsWithBiases:
 
 
 def test_points_refuse_what_does_not_fit(tmp_path):
-    torch.save({"state_dict": named(simipu.PointEncoder(16, use_xyz=True), "pts_backbone.")}, tmp_path / "xyz.pth")
+    torch.save({"state_dict": named(encoders.PointEncoder(16, use_xyz=True), "pts_backbone.")}, tmp_path / "xyz.pth")
     words = r"xyz.pth: .* is \(32, 4, 1, 1\), not \(32, 1, 1, 1\).*--use-xyz"
     with pytest.raises(BadInput, match=words):  # though 90 % of the parameters fit
-        weights.load_point_encoder(simipu.PointEncoder(16), tmp_path / "xyz.pth")
+        weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "xyz.pth")
     torch.save(named(network()), tmp_path / "image.pth")
     with pytest.raises(BadInput, match="0% of the parameters"):
         weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "image.pth")
@@ -430,18 +430,18 @@ def test_export(finished, tmp_path, depth):
         assert saved["meta"] == json.loads(out.with_suffix(".json").read_text())
         check_exported(saved, format, depth, with_points=source == "last.pt")
         if format != "points":
-            encoder = simipu.ResNet(depth)
+            encoder = encoders.ResNet(depth)
             summary = weights.load_image_encoder(encoder, out)
             assert f"{len(resnet_names(depth))} tensors loaded (100% of the parameters), 0 missing" in summary
             assert "the file says" in summary and "converted" not in summary
             assert_same_function(encoder, model.img_backbone, 1e-7)
         if source == "last.pt" and format in ("mmdet3d", "points"):
-            points = simipu.PointEncoder(16)
+            points = encoders.PointEncoder(16)
             summary = weights.load_point_encoder(points, out)
             assert "180 tensors loaded (100% of the parameters), 0 missing" in summary
             assert_same_weights(points, model.pts_backbone)
     # last.pt itself
-    encoder, points = simipu.ResNet(depth), simipu.PointEncoder(16)
+    encoder, points = encoders.ResNet(depth), encoders.PointEncoder(16)
     assert "0 missing" in weights.load_image_encoder(encoder, folder / "last.pt")
     assert "0 missing" in weights.load_point_encoder(points, folder / "last.pt")
     assert_same_weights(encoder, model.img_backbone)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from test_weights import MEAN, STD, assert_same_function, load, named, network
 
-import simipu
+import encoders
 import weights
 from files import BadInput, read_checkpoint
 
@@ -107,7 +107,7 @@ def test_objects_of_other_programs_are_named_and_never_run(foreign, monkeypatch,
     content = {"message_hub": {"loss": buffer}, "cfg": config, "bomb": foreign.Bomb()}
     (tmp_path / "it.pth").write_bytes(saved(content, zipped))
     monkeypatch.delitem(sys.modules, "mmengine")
-    encoder = simipu.ResNet(18)
+    encoder = encoders.ResNet(18)
     summary = weights.load_image_encoder(encoder, tmp_path / "it.pth")
     assert same_weights(encoder, network()) and "taken: backbone.* of cfg.state_dict" in summary
     assert "not read: objects of mmengine.HistoryBuffer, " in summary
@@ -118,7 +118,7 @@ def test_objects_in_the_way_are_named(foreign, tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     words = r"holds no tensors by name, but objects of torch.nn.modules.linear.Linear.*: save the state_dict\(\) alone"
     with pytest.raises(BadInput, match=words):
-        weights.load_image_encoder(simipu.ResNet(18), tmp_path / "module.pth")
+        weights.load_image_encoder(encoders.ResNet(18), tmp_path / "module.pth")
     torch.save({"lines": foreign.Lines("ab"), **SMALL}, tmp_path / "lines.pth")
     assert "objects of mmengine.Lines stand in the way" in refusal(tmp_path / "lines.pth")
     torch.save({"f": os.system, **SMALL}, tmp_path / "system.pth")
@@ -134,14 +134,14 @@ def test_pickles_of_detectron2(foreign, monkeypatch, tmp_path):
         (tmp_path / "it.pkl").write_bytes(pickle.dumps(content, protocol))
         with monkeypatch.context() as patch:
             patch.delitem(sys.modules, "mmengine")
-            encoder = simipu.ResNet(18)
+            encoder = encoders.ResNet(18)
             summary = weights.load_image_encoder(encoder, tmp_path / "it.pkl")
         assert same_weights(encoder, network()) and "of model" in summary and "objects of mmengine.explode" in summary
         assert not (tmp_path / "exploded").exists()
     theirs = {"stem.conv1.weight": arrays["conv1.weight"], "res2.0.conv1.weight": np.ones((64, 64, 3, 3), np.float32)}
     (tmp_path / "it.pkl").write_bytes(pickle.dumps({"model": theirs}))
     with pytest.raises(BadInput, match="not in it: .*; in it, but not wanted: .*res2.0.conv1.weight"):
-        weights.load_image_encoder(simipu.ResNet(18), tmp_path / "it.pkl")
+        weights.load_image_encoder(encoders.ResNet(18), tmp_path / "it.pkl")
     (tmp_path / "it.pkl").write_bytes(pickle.dumps(content)[:100_000])
     assert refusal(tmp_path / "it.pkl").startswith("not a readable checkpoint: broken or truncated")
 
@@ -151,7 +151,7 @@ def test_safetensors(tmp_path):
     net, path = network(channels="BGR"), tmp_path / "weights"
     said = {"mean": str(list(MEAN[::-1])), "std": ", ".join(map(str, STD[::-1])), "channels": "BGR"}
     save_file(named(net, "backbone."), path, metadata=said)
-    encoder = simipu.ResNet(18)
+    encoder = encoders.ResNet(18)
     summary = weights.load_image_encoder(encoder, path)
     assert_same_function(encoder, net, channels="BGR")
     assert "taken: backbone.*" in summary and "pixels: BGR, mean and deviation (the file says)" in summary
@@ -249,12 +249,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     with pytest.raises(BadInput, match=r"it.pth: backbone.layer1.0.bn1.running_var: 1 of 64 values are not finite"):
         load(broken, tmp_path / "it.pth")
     load(NET | {"fc.weight": torch.full((3,), value)}, tmp_path / "it.pth")
-    points = named(simipu.PointEncoder(16), "pts_backbone.")
+    points = named(encoders.PointEncoder(16), "pts_backbone.")
     name = next(iter(points))
     points[name].view(-1)[0] = value
     torch.save(points, tmp_path / "points.pth")
     with pytest.raises(BadInput, match=f"points.pth: {name}: 1 of .* not finite"):
-        weights.load_point_encoder(simipu.PointEncoder(16), tmp_path / "points.pth")
+        weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "points.pth")
 
 
 def test_a_last_pt_of_another_script_is_announced_as_that(tmp_path):
