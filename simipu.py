@@ -359,6 +359,7 @@ class CountedNormReLU(torch.autograd.Function):
         return y, mean, var, total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
         x, y, count, weight, mean, rstd, total = ctx.saved_tensors
         x, dy = x.to(mean.dtype), torch.ops.aten.threshold_backward(dy, y, 0).to(mean.dtype)  # through the ReLU
