@@ -74,7 +74,7 @@ class Config:
     skip_missing: bool = False
     """Leave out pairs that lack a file, instead of stopping at them."""
     synthetic_frames: int = 0
-    """If data_root does not exist, write this many built-in scenes there first."""
+    """Write this many built-in scenes first, if data_root is data/synthetic and does not exist."""
     workers: int = 4
     """Loading processes per GPU; 0 loads in the training process."""
     resident: bool = False

@@ -82,7 +82,7 @@ class Config:
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
-    """If data_root does not exist, write this many built-in scenes there first."""
+    """Write this many built-in scenes first, if data_root is data/synthetic and does not exist."""
     num_points: int = 16384
     """Points a sweep is sampled to, in the camera's view and in range."""
     workers: int = 4
