@@ -673,8 +673,8 @@ def load_frames(c, run):
 
 
 def load_detector(model, path, pixels):
-    """Weights of a whole detector by their names: this script's or mmdetection3d's, whose first convolution is converted
-    to pixels as they are here (weights.py). -> lines for the user. Raises BadInput where one is missing or misfits.
+    """Weights of a whole detector by name: this script's or mmdetection3d's, whose first convolution is converted to
+    pixels as they are here (weights.py). -> lines for the user. Raises BadInput where one is missing or misfits.
     """
     saved = read_checkpoint(path)
     wrapped = [saved.get(name) for name in ("model", "state_dict")] if isinstance(saved, dict) else []
