@@ -264,6 +264,13 @@ def random_image_scale(image_scale, seed, step):
     return tuple(int(rng.integers(low, high + 1)) for low, high in zip(image_scale[:2], image_scale[2:]))
 
 
+def check_image_scale(box):
+    """Raises BadInput for an --image-scale that `random_image_scale` cannot draw from."""
+    if len(box) not in (2, 4) or min(box) < 32 or any(low > high for low, high in zip(box, box[2:])):
+        wanted = "two numbers (width height) or four (smallest, then largest), from 32 on"
+        raise BadInput(f"--image-scale {' '.join(map(str, box))}: {wanted}")
+
+
 class Batches:
     """Which frames this rank sees at every step, for a DataLoader's batch_sampler: lists of (epoch, frame index).
 

@@ -16,6 +16,7 @@ The rules are those of KITTI's devkit (Geiger et al. 2012; 40 points: Simonelli 
 that its C++ prints. Wrong input raises `BadInput`, one line.
 """
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -351,10 +352,10 @@ def _percent(column, i, asked):
 
 
 def judging_box(c):
-    """The size (width, height) that images are judged at: the training size, or the middle of its range."""
+    """The size (width, height) that images are judged at: the training size, or its range's geometric middle."""
     if len(c.image_scale) == 2:
         return tuple(c.image_scale)
-    return tuple((low + high) // 2 for low, high in zip(c.image_scale, c.image_scale[2:]))
+    return tuple(round(math.sqrt(low * high)) for low, high in zip(c.image_scale, c.image_scale[2:]))
 
 
 @torch.no_grad()

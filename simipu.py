@@ -518,10 +518,7 @@ def check_config(c, world):
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
-    box = c.image_scale
-    if len(box) not in (2, 4) or min(box) < 32 or any(low > high for low, high in zip(box, box[2:])):
-        wanted = "two numbers (width height) or four (smallest, then largest), from 32 on"
-        raise BadInput(f"--image-scale {' '.join(map(str, box))}: {wanted}")
+    data.check_image_scale(c.image_scale)
     if not c.inter_weight and not c.intra_weight:
         raise BadInput("--inter-weight 0: with --intra-weight 0 there is nothing to learn")
     if not c.inter_weight and (c.init or c.compile):
