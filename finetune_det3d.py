@@ -147,7 +147,7 @@ class Config:
     image_optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is the release's."""
     warm_up: int = 1000
-    """Steps in which the rate rises, from a tenth."""
+    """Steps in which the rate rises, from a tenth; the cosine is over the others."""
     clip: float = 35.0
     """Norm that gradients are cut to; 0 for not at all."""
     # ---- the run ----
@@ -624,9 +624,11 @@ def build_optimizers(model, c):
 
 
 def rate(step, steps, warm_up):
-    """The rate at a step, as a share of the highest: a cosine to 1e-5, and at first a rise from a tenth of it."""
-    cosine = 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * step / steps)) / 2
-    return cosine * min(1.0, 0.1 + 0.9 * step / max(warm_up, 1))
+    """The rate at a step, as a share of the highest: a straight rise from a tenth, then a cosine to 1e-5."""
+    warm_up = min(warm_up, steps - 1)
+    if step < warm_up:
+        return 0.1 + 0.9 * step / warm_up
+    return 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
 
 
 def check_config(c, world):
