@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data_det3d
 import data_kitti
 import ops_boxes
-import pictures
+import pictures_boxes
 import runtime
 from files import BadInput, writing
 
@@ -427,4 +427,4 @@ def draw(model, frames, c, device, path):
     most = max(range(len(frames)), key=lambda i: len(data_kitti.read_labels(frames[i].label)[0]))
     ((boxes, scores, classes),) = detections(model.eval(), frames, [most], c, device)
     scene = data_det3d.read_scene(frames[most], c.keep_rows)
-    return pictures.draw_det3d(scene, boxes, scores, classes, path, frames[most].name)
+    return pictures_boxes.draw_boxes(scene, boxes, scores, classes, path, frames[most].name)

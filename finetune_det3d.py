@@ -39,7 +39,7 @@ import eval_boxes
 import ops_boxes
 import ops_sparse
 import ops_triton as ops
-import pictures
+import pictures_boxes
 import runtime
 import synthetic
 import weights
@@ -783,7 +783,7 @@ def finish(model, c, run, frames, held_out, loop):
     if not run.main:
         return
     folder = loop.folder
-    pictures.draw_det3d_curves(folder / "log.jsonl", folder / "curves.png")
+    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png")
     said = eval_boxes.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
     if held_out:
