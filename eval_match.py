@@ -217,11 +217,11 @@ SUBSETS = ("all", "off_ground")
 
 
 @torch.no_grad()
-def probe(encoders, frames, c, device, points=512, stage=0):
+def probe(networks, frames, c, device, points=512, stage=0):
     """R^2 of log-depth from position and frozen features at the pixels of LiDAR points, on frames that the regression
     has not seen.
 
-    encoders: {name: image encoder}; the first is also asked of another frame's image at the same pixels ("wrong
+    networks: {name: image encoder}; the first is also asked of another frame's image at the same pixels ("wrong
     image"). Position, a polynomial of degree 5, is free in every row and has a row of its own. Batch norm is
     recalibrated alike for all. Features are those of the last map, or the last but one where images have fewer than 128
     rows (stage 3 or 4 says otherwise). c: image size and point sampling. -> {name: dict(all, off_ground: R^2 over all
@@ -233,7 +233,7 @@ def probe(encoders, frames, c, device, points=512, stage=0):
     probed = [collect_points(unseen, i, min(points, c.num_points), rng) for i in range(len(frames))]
 
     columns = {"position": [p.position for p in probed]}
-    for name, encoder in encoders.items():
+    for name, encoder in networks.items():
         encoder = recalibrated(encoder, (image_input(batch) for batch in unseen.first_groups()))
         columns[name] = sample_features(encoder, unseen, probed, stage)
         if len(columns) == 2:

@@ -43,12 +43,12 @@ def _matplotlib():
     return matplotlib
 
 
-def _figure(width, height):
+def new_figure(width, height):
     """An empty figure of so many inches."""
     return _matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure, path, dpi=DPI):
+def save_figure(figure, path, dpi=DPI):
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
 
@@ -80,7 +80,7 @@ def _dot(count, area=42):
     return float(np.clip(area * 170 / count, area / 4, area))
 
 
-def _from_above(axis, title, left=True):
+def from_above(axis, title, left=True):
     axis.set_title(title, fontsize=SMALL_TITLE)
     axis.set_aspect("equal")
     axis.set_xlabel("right, m")
@@ -88,7 +88,7 @@ def _from_above(axis, title, left=True):
         axis.set_ylabel("forward, m")
 
 
-def _limit_to_image(axis, height, width):
+def limit_to_image(axis, height, width):
     axis.set_xlim(-0.5, width - 0.5)
     axis.set_ylim(height - 0.5, -0.5)
 
@@ -105,8 +105,8 @@ CURVES = (  # title of the panel; key in the log, behind intra or inter; factor;
 )
 
 
-def _curve(lines, values, **style):
-    """Values at the steps of a log's lines, as `_draw_panels` takes them."""
+def curve(lines, values, **style):
+    """Values at the steps of a log's lines, as `draw_panels` takes them."""
     return [line["step"] for line in lines], values, style
 
 
@@ -123,7 +123,7 @@ def draw_curves(log_path, path):
             continue  # a branch that the run does not have
         for title, key, factor, dashes, label in CURVES:
             values = [factor * line[loss + key] for line in log]
-            panels[title].append(_curve(log, values, color=colour, ls=dashes, label=loss + label))
+            panels[title].append(curve(log, values, color=colour, ls=dashes, label=loss + label))
     if len(judged) > 1:
         matched = panels["unseen frames: median rank, %"] = []
         for which, colour, label in (
@@ -131,8 +131,8 @@ def draw_curves(log_path, path):
             ("wrong", "tab:red", "another frame's"),
         ):
             values = [line["match"][f"{which}_rank"] for line in judged]
-            matched.append(_curve(judged, values, color=colour, marker="o", ms=3, label=label))
-    _draw_panels(panels, path)
+            matched.append(curve(judged, values, color=colour, marker="o", ms=3, label=label))
+    draw_panels(panels, path)
 
 
 def draw_depth_curves(log_path, path):
@@ -144,26 +144,26 @@ def draw_depth_curves(log_path, path):
     judged = [line for line in lines if "depth" in line]
     if not log:
         return
-    errors = [_curve(log, [line["abs_rel"] for line in log], color="tab:blue", label="training crops")]
+    errors = [curve(log, [line["abs_rel"] for line in log], color="tab:blue", label="training crops")]
     if judged:
         unseen = [line["depth"]["eigen"]["abs_rel"] for line in judged]
-        errors.append(_curve(judged, unseen, color="tab:green", marker="o", ms=3, label="unseen images"))
+        errors.append(curve(judged, unseen, color="tab:green", marker="o", ms=3, label="unseen images"))
     panels = {
-        "loss": [_curve(log, [line["loss"] for line in log], label="SigLoss")],
+        "loss": [curve(log, [line["loss"] for line in log], label="SigLoss")],
         "relative error (abs_rel)": errors,
-        "learning rate": [_curve(log, [line["lr"][0] for line in log], label="AdamW")],
+        "learning rate": [curve(log, [line["lr"][0] for line in log], label="AdamW")],
     }
-    _draw_panels(panels, path)
+    draw_panels(panels, path)
 
 
-def _draw_panels(panels, path):
+def draw_panels(panels, path):
     """{title: [(x, y, style)]}, side by side. Nothing is drawn where there is nothing to draw, as for a finished run
     whose log was deleted.
     """
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return
-    figure = _figure(1 + 4 * len(panels), 3.6)
+    figure = new_figure(1 + 4 * len(panels), 3.6)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, curves) in zip(axes, panels.items()):
         for x, y, style in curves:
@@ -172,7 +172,7 @@ def _draw_panels(panels, path):
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    _save(figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def draw_pairs(model, view, path, match_places):
     distance = np.linalg.norm(places_alpha - back, axis=1)
     share = f"{100 * (distance < 0.01).mean():.0f} % coincide"
 
-    figure = _figure(14, 10)
+    figure = new_figure(14, 10)
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.42, 0.58])
     _draw_places_on_image(top, view, alpha, places_alpha, lidar2img)
     left, middle, right = bottom.subplots(1, 3)
@@ -216,7 +216,7 @@ def draw_pairs(model, view, path, match_places):
         axis.set_aspect("equal")
         axis.set_xlabel("right, m")
     left.set_ylabel("forward, m")
-    _save(figure, path)
+    save_figure(figure, path)
     apart = f"matches {distance.mean():.2f} m apart on average, {distance.max():.2f} m at most"
     return f"{len(places_alpha)} places, {apart}, {share}"
 
@@ -406,7 +406,7 @@ def draw_projection(view, path, title, things):
     points, uv, depth = points[order], uv[order], depth[order]
 
     tall = 14 * height / width  # inches of the image
-    figure = _figure(15, 1.6 + tall + 4.4)
+    figure = new_figure(15, 1.6 + tall + 4.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.7 + tall, 4.6])
     axis = top.subplots()
     axis.imshow(image)
@@ -429,7 +429,7 @@ def draw_projection(view, path, title, things):
         close.scatter(*uv.T, c=depth, s=16, edgecolors="black", linewidths=0.3, **DEPTH)
         _limit_to_box(close, box)
         close.set_title(str(number), fontsize=SMALL_TITLE)
-    _save(figure, path)
+    save_figure(figure, path)
     if not len(depth):
         return f"{len(seen)} points, none in the image"
     return f"{len(seen)} points, {100 * seen.mean():.1f} % in the image, {depth.min():.1f} to {depth.max():.1f} m deep"
@@ -469,7 +469,7 @@ def draw_features(view, found, path, title, match_places):
         heights.append(2 * 9.8 * height / width + 1.8)
     if branches["intra-modal"]:
         heights.append(6.0)
-    figure = _figure(15, sum(heights))
+    figure = new_figure(15, sum(heights))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
 
     said = []
@@ -480,7 +480,7 @@ def draw_features(view, found, path, title, match_places):
     for branch, there in branches.items():
         if not there:
             said.append(f"no {branch} branch in this checkpoint, no picture of it")
-    _save(figure, path)
+    save_figure(figure, path)
     return "; ".join(said)
 
 
@@ -550,7 +550,7 @@ def _coloured_cloud(axis, cloud, places, colours, title, left=True):
     nearest = cKDTree(places).query(cloud[:, :3])[1]
     axis.scatter(-cloud[:, 1], cloud[:, 0], s=np.clip(14000 / len(cloud), 1.0, 4), c=colours[nearest], linewidths=0)
     axis.scatter(-places[:, 1], places[:, 0], s=_dot(len(places), 20), c=colours, edgecolors="black", linewidths=0.5)
-    _from_above(axis, title, left)
+    from_above(axis, title, left)
 
 
 STAR = {"marker": "*", "s": 330, "c": "white", "edgecolors": "black", "linewidths": 1.3, "zorder": 5}
@@ -566,7 +566,7 @@ def draw_similarity(view, found, path, place, title):
     height, width = image.shape[:2]
     uv, inter = found["uv"].numpy(), "point" in found
     rows = 2 if inter else 1
-    figure = _figure(15, max(0.7 + rows * (9.2 * height / width + 0.65), 6))
+    figure = new_figure(15, max(0.7 + rows * (9.2 * height / width + 0.65), 6))
     figure.suptitle(title, fontsize=12)
     left, right = figure.subfigures(1, 2, width_ratios=[0.7, 0.3])
     axes = left.subplots(rows, 1, squeeze=False)[:, 0]
@@ -591,10 +591,10 @@ def draw_similarity(view, found, path, place, title):
     for axis in axes:
         axis.scatter(*uv[place], **STAR)
         axis.set_ylabel("v, pixels")
-        _limit_to_image(axis, height, width)
+        limit_to_image(axis, height, width)
     axes[-1].set_xlabel("u, pixels")
     _draw_similar_places(right, view, found, place, values, limits, above)
-    _save(figure, path)
+    save_figure(figure, path)
     return said
 
 
@@ -629,7 +629,7 @@ def _draw_similar_places(part, view, found, place, values, limits, title):
     dots = axis.scatter(-places[:, 1], places[:, 0], c=values, **ringed, **limits)
     axis.scatter(-places[place, 1], places[place, 0], **STAR)
     part.colorbar(dots, ax=axis, label="cosine", pad=0.01, extend="both", location="bottom", shrink=0.8)
-    _from_above(axis, title)
+    from_above(axis, title)
 
 
 # -----------------------------------------------------------------------------
@@ -643,7 +643,7 @@ def draw_overlay(frames, path):
     uint8, points (N, 3+) in range, lidar2img (3, 4), boxes: arrays (12, 2, 2) of the pixels of their edges)].
     """
     ratios = [image.shape[0] / image.shape[1] for _, image, *_ in frames]
-    figure = _figure(13, 11.8 * sum(ratios) + 0.25 * len(frames) + 0.4)
+    figure = new_figure(13, 11.8 * sum(ratios) + 0.25 * len(frames) + 0.4)
     axes = figure.subplots(len(frames), 1, squeeze=False, height_ratios=ratios)[:, 0]
     for axis, frame in zip(axes, frames):
         dots = _draw_sweep_and_boxes(axis, *frame)
@@ -655,7 +655,7 @@ def draw_overlay(frames, path):
     white = "; white: 3D boxes of the labels" if any(boxes for *_, boxes in frames) else ""
     what = "Sweeps on their images: where the colour jumps, the image must have an outline"
     figure.suptitle(what + white, fontsize=12)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_sweep_and_boxes(axis, title, image, points, lidar2img, boxes):
@@ -672,7 +672,7 @@ def _draw_sweep_and_boxes(axis, title, image, points, lidar2img, boxes):
         axis.add_collection(mpl.collections.LineCollection(lines, colors="white", linewidths=1.2))
     labelled = f", {len(boxes)} labelled boxes" if boxes else ""
     axis.set_title(title + labelled, fontsize=TITLE)
-    _limit_to_image(axis, height, width)
+    limit_to_image(axis, height, width)
     axis.axis("off")
     return dots
 
@@ -705,7 +705,7 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     measured = _measured(prediction[both], truth[both], error)
     share = float(known.mean())
 
-    figure = _figure(16, 14.9 * height / width + 1.2)
+    figure = new_figure(16, 14.9 * height / width + 1.2)
     figure.suptitle(f"{title}: {measured}", fontsize=12)
     axes = figure.subplots(2, 2)
     (upper_left, upper_right), (lower_left, lower_right) = axes
@@ -726,7 +726,7 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     what = f"ground truth, m, on the same scale ({100 * share:.0f} % of pixels have it{enlarged})"
     lower_right.set_title(what, fontsize=SMALL_TITLE)
     for axis in axes.flat:
-        _limit_to_image(axis, height, width)
+        limit_to_image(axis, height, width)
         axis.set_xticks([])
         axis.set_yticks([])
     percent = lambda x, _: f"{100 * x:.0f} %"
@@ -736,7 +736,7 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     ticker = _matplotlib().ticker
     bar.ax.yaxis.set_major_locator(ticker.FixedLocator([t for t in TICKS if low <= t <= far]))
     bar.ax.yaxis.set_minor_locator(ticker.NullLocator())
-    _save(figure, path)
+    save_figure(figure, path)
 
     said = f"{int(both.sum())} pixels with ground truth, {100 * share:.1f} % of all: {measured}"
     missing = int((known & ~drawn).sum())

@@ -6,7 +6,7 @@ import data
 import data_det3d
 import ops_boxes
 from files import read_log
-from pictures import _curve, _draw_panels, _figure, _from_above, _limit_to_image, _save
+from pictures import curve, draw_panels, from_above, limit_to_image, new_figure, save_figure
 
 LABELLED, FOUND = "tab:green", "tab:red"
 RING = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4]  # a path along the edges of a box's bottom, one upright edge, and its top
@@ -22,14 +22,14 @@ def draw_curves(log_path, path):
     judged = [line for line in lines if "det3d" in line]
     losses, scores = [], []
     for loss, colour in (("classes", "tab:blue"), ("boxes", "tab:orange"), ("direction", "tab:green")):
-        losses.append(_curve(log, [line[loss] for line in log], color=colour, label=loss))
+        losses.append(curve(log, [line[loss] for line in log], color=colour, label=loss))
     if len(judged) > 1:
         for name, colour in CLASS_COLOURS.items():
             ap = [line["det3d"][name]["3d loose"]["AP40"][1] for line in judged]
-            scores.append(_curve(judged, ap, color=colour, marker="o", ms=3, label=name))
-    rate = [_curve(log, [line["lr"][0] for line in log], label="AdamW")]
+            scores.append(curve(judged, ap, color=colour, marker="o", ms=3, label=name))
+    rate = [curve(log, [line["lr"][0] for line in log], label="AdamW")]
     panels = {"losses": losses, "unseen frames: 3D AP40, loose, moderate, %": scores, "learning rate": rate}
-    _draw_panels(panels if log else {}, path)
+    draw_panels(panels if log else {}, path)
 
 
 def draw_boxes(scene, boxes, scores, classes, path, title):
@@ -44,7 +44,7 @@ def draw_boxes(scene, boxes, scores, classes, path, title):
     truth, truth_classes = scene.boxes[known], scene.classes[known]
     height, width = scene.image.shape[:2]
     tall = 14 * height / width  # inches of the image
-    figure = _figure(14, tall + 9.4)
+    figure = new_figure(14, tall + 9.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=[tall + 0.8, 8.6])
     on_image, above = top.subplots(), bottom.subplots()
 
@@ -62,12 +62,12 @@ def draw_boxes(scene, boxes, scores, classes, path, title):
     said = "; ".join(counts)
     colours = f"labelled boxes green, found ones (score above {SHOWN}) red and dashed"
     top.suptitle(f"{title}: {colours}\n{said}", fontsize=12)
-    _limit_to_image(on_image, height, width)
+    limit_to_image(on_image, height, width)
     on_image.axis("off")
-    _from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
+    from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
     above.set_ylim(0, max(30.0, *(float(box[0]) + 8 for box in (*truth, *boxes))))
     above.set_xlim(-28, 28)
-    _save(figure, path)
+    save_figure(figure, path)
     return said
 
 
