@@ -116,8 +116,11 @@ def without_twins(frames):
         image = os.path.join(folders[folder], name)
         if os.path.islink(image):
             image = os.path.realpath(image)
-        (twins if image in seen else kept).append(frame)
-        seen.add(image)
+        if image in seen:
+            twins.append(frame)
+        else:
+            kept.append(frame)
+            seen.add(image)
     return kept, twins
 
 
@@ -221,9 +224,12 @@ def read_cloud(path, columns=4):
 
 
 def truncated(path, size, columns):
-    """The BadInput for a cloud of so many bytes."""
+    """The BadInput for a cloud of so many bytes. Reads it, once more perhaps, to see what it could be."""
+    raw = np.zeros(0, np.uint8)
+    with contextlib.suppress(OSError):
+        raw = np.fromfile(path, np.uint8)
     why = f"{size} bytes is no whole number of points (x, y, z, reflectance in float32)"
-    return BadInput(f"{path}: truncated, {why}{hint(np.fromfile(path, np.uint8), columns)}")
+    return BadInput(f"{path}: truncated, {why}{hint(raw, columns)}")
 
 
 def hint(raw, columns):

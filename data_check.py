@@ -308,7 +308,7 @@ def list_splits(root, splits, frame_stride, findings):
 
 def applicable_splits(root):
     """Names of the lists in ImageSets/, the usual ones first; and of whole folders that no list is of."""
-    listed = [name.removesuffix(".txt") for name in list_folder(root / "ImageSets") if name.endswith(".txt")]
+    listed = texts_in(root / "ImageSets")
     listed = [split for split in USUAL_SPLITS if split in listed] + sorted(set(listed) - set(USUAL_SPLITS))
     whole = []
     if (root / "training").is_dir() and not any(split != "test" for split in listed):
@@ -316,6 +316,11 @@ def applicable_splits(root):
     if (root / "testing").is_dir() and "test" not in listed:
         whole.append("test")
     return listed + whole
+
+
+def texts_in(folder):
+    """Names of the text files in a folder, without their suffix."""
+    return [name.removesuffix(".txt") for name in list_folder(folder) if name.endswith(".txt")]
 
 
 def compare_splits(root, splits, findings):
@@ -393,7 +398,7 @@ def check_root(root, splits, frame_stride, max_frames, skip_missing, workers, fi
         frames = data.evenly_spread(frames, max_frames)
 
     folders = by_calibration(frames)
-    labelled = {folder for folder, fs in folders.items() if fs[0].label and list_folder(fs[0].label.parent)}
+    labelled = {folder for folder, fs in folders.items() if fs[0].label and texts_in(fs[0].label.parent)}
     compared = {f.name for fs in folders.values() for f in data.evenly_spread(fs, EDGE_FRAMES)}
     jobs = [(f, f.calib[0].parent in labelled, f.name in compared) for f in frames]
     found = examine_all(jobs, workers, f"reading {root}")

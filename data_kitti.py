@@ -68,17 +68,17 @@ def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty, a missing file, a truncated
     cloud.
     """
-    frames, notes = [], []
+    frames, notes, what = [], [], " ".join([flag, *(splits or ())])
     for root, own, more in fitting_splits(roots, splits, named):
         notes += more
         found, left_out = _complete_frames(root, own, frame_stride, skip_missing, flag)
         if left_out:
-            notes.append(f"note: {root}: {len(found)} frames, {left_out} without image or cloud left out")
+            notes.append(f"note: {what}: {len(found)} frames in {root}, {left_out} without image or cloud left out")
         frames += found
     if not frames:
         raise BadInput(f"{' '.join(map(str, roots))}: no frames in it")
     frames, twins = data.without_twins(frames)
-    return frames, notes + data.note_twins(twins, " ".join([flag, *(splits or ())]))
+    return frames, notes + data.note_twins(twins, what)
 
 
 def _complete_frames(root, splits, frame_stride, skip_missing, flag):

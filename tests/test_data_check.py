@@ -180,6 +180,18 @@ def test_sparse_sweeps_are_sound_unless_their_calibration_is_wrong(copy, capsys)
     assert "hold when turned" in str(findings_of(copy).broken)
 
 
+def test_labels_that_are_no_files(copy):
+    label = data_kitti.find_frames(copy)[0].label
+    label.unlink()
+    for make, words in ((Path.mkdir, "a folder, where a file is wanted"), (None, "missing")):
+        if make:
+            make(label)
+        (line,) = data_check.examine((data_kitti.find_frames(copy)[0], True, False))["errors"]
+        assert line.startswith(f"{label}: {words} (of frame training/000000; others in the folder have labels)")
+        if make:
+            label.rmdir()
+
+
 def test_boxes_that_no_turn_fills(copy, capsys):
     """A calibration so wrong that boxes hold nothing wherever they are turned."""
     recalibrate(copy, lambda p2, tr: (p2, tr + [[0, 0, 0, 0], [0, 0, 0, 8], [0, 0, 0, 0]]))

@@ -414,8 +414,8 @@ def test_training_says_what_was_left_out(copy, tmp_path):
     c.eval_splits = ()
     frames, _, note = simipu.load_frames(c, SimpleNamespace(any=bool, main=True))
     assert len(frames) == 5 and note.splitlines() == [
-        f"note: {copy}: 5 frames, 1 without image or cloud left out",
-        f"note: {copy}: 5 frames, 1 without image or cloud left out",
+        f"note: --splits train: 5 frames in {copy}, 1 without image or cloud left out",
+        f"note: --splits train: 5 frames in {copy}, 1 without image or cloud left out",
         "note: --splits train: 5 frames that are listed twice, training/000001 among them, are taken once",
     ]
 
