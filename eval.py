@@ -4,6 +4,7 @@
     python eval.py probe out/demo/last.pt --also imagenet.pth               # how much depth is in its features?
     python eval.py show out/demo/last.pt --frame 3                          # four pictures of a frame
     python eval.py depth out/depth_demo/last.pt                             # of finetune_depth.py; see eval_depth.py
+    python eval.py det3d out/det3d_demo/last.pt                             # of finetune_det3d.py; see eval_boxes.py
     python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
@@ -15,28 +16,35 @@ position alone, which lowers both. Only the gap between the two is what the netw
 has for free, explains most of it, and a network trained on wrong pairs lifts it nearly as much as one trained on true
 ones. So it is never shown without its baselines, and differences under .03 are noise.
 
-The figures themselves are functions of eval_match.py and eval_depth.py, the pictures of pictures.py.
+The figures themselves are functions of eval_match.py, eval_depth.py and eval_boxes.py.
 """
 
 import dataclasses
 import functools
 import os
+from json import dumps as dump_json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import data
 import data_depth
+import data_det3d
+import data_kitti
 import encoders
+import eval_boxes
 import eval_depth
 import eval_match
 import finetune_depth
+import finetune_det3d
 import pictures
+import pictures_boxes
 import runtime
 import simipu
 import weights
-from files import BadInput, read_checkpoint
+from files import BadInput, read_checkpoint, writing
 
 FEW = 8  # frames that batch norm statistics are taken from, for pictures
 MAX_SEED = 2**63 - 1  # torch takes no larger one
@@ -485,7 +493,99 @@ def load_depth_run(path, preset, device):
     return model.to(device, memory_format=torch.channels_last).eval(), c, set(saved.get("inventory", ()))
 
 
-COMMANDS = {"match": match, "probe": probe, "show": show, "depth": depth, "export": weights.export}
+def det3d(
+    source: Path,
+    /,
+    data_root: tuple[str, ...] = (),
+    splits: tuple[str, ...] = (),
+    frames: int | None = None,
+    skip_missing: bool = False,
+    save: Path | None = None,
+    drawn: int = 8,
+    json: Path | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+):
+    """KITTI's AP of a detector, or of anybody's result files: 2D, AOS, BEV and 3D; AP40 and AP11; objects that count.
+
+    Args:
+        source: last.pt of finetune_det3d.py; or a folder of KITTI result files, 000123.txt, 16 columns, the score last.
+        data_root: Folders in KITTI's object layout, with labels; by default the run's.
+        splits: Names in ImageSets/; by default the run's --eval-splits, or val.
+        frames: At most so many frames, evenly spread; 0 for all; by default the run's --eval-frames.
+        skip_missing: Leave out frames that lack an image or a cloud, instead of stopping at them.
+        save: Folder to write a detector's result files to, and pictures of some frames.
+        drawn: With --save, so many pictures, evenly spread.
+        json: File to write the figures to: {"Car": {"3d": {"AP40": [easy, moderate, hard], "AP11": ...}, ...}, ...}.
+        device: auto is the GPU if there is one.
+    """
+    at_least(0, frames=frames, drawn=drawn)
+    run = runtime.start_run(device)
+    if os.path.isdir(source):
+        if not data_root:
+            raise BadInput(f"{source}: a folder of result files; --data-root must say of what")
+        model, c, trained_on = None, finetune_det3d.Config(), set()
+    else:
+        model, c, trained_on = load_detector_run(source, run.device)
+    roots = data_root or c.eval_root or c.data_root
+    chosen = data_det3d.find_frames(roots, splits or c.eval_splits or ("val",), skip_missing or c.skip_missing)
+    limit = c.eval_frames if frames is None else frames
+    chosen = data.evenly_spread(chosen, limit or len(chosen))
+    seen = len(trained_on & set(data.inventory(chosen)))
+    if seen:
+        print(f"note: {source} was trained on {seen} of these {len(chosen)} frames: its figures will flatter")
+
+    results = detect(model, chosen, c, run, save, drawn) if model else find_results(source, chosen)
+    truths = [data_kitti.read_labels(f.label, dont_care=True) for f in chosen]
+    found = eval_boxes.evaluate(truths, results)
+    judged = sum(result is not None for result in results)
+    print("\n".join(eval_boxes.table(found, judged, published=eval_boxes.is_standard(chosen))))
+    if json:
+        with writing(json) as temporary:
+            temporary.write_text(dump_json(found, indent=1) + "\n")
+    if save and model:
+        print(f"wrote {len(results)} result files and {min(drawn, len(results))} pictures into {save}/")
+
+
+def load_detector_run(path, device):
+    """finetune_det3d's last.pt -> model in eval mode, Config, names and sizes of the files it was trained on.
+
+    Raises BadInput for any other file.
+    """
+    saved = read_checkpoint(path)
+    c = runtime.config_of(saved, finetune_det3d.Config, path, "finetune_det3d.py")
+    model = finetune_det3d.Detector(c)
+    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
+    return model.to(device).eval(), c, set(saved.get("inventory", ()))
+
+
+def find_results(folder, frames):
+    """Result files of frames in a folder, by the frames' numbers -> results, None for frames that have no file."""
+    files = {path.stem: path for path in folder.glob("*.txt") if not path.name.startswith(".")}
+    found = [files.get(frame.cloud.stem) for frame in frames]
+    if not any(found):
+        raise BadInput(f"{folder}: no result file of the {len(frames)} frames, such as {frames[0].cloud.stem}.txt")
+    return [eval_boxes.read_results(path) if path else None for path in found]
+
+
+def detect(model, frames, c, run, save, drawn):
+    """-> results of all frames. With `save`, a folder, they are written there, and pictures of some frames."""
+    pictured = set(data.evenly_spread(range(len(frames)), drawn)) if save else set()
+    if save:
+        make_folder("save", save / "pictures")
+    results = []
+    found = eval_boxes.detections(model, frames, range(len(frames)), c, run.device)
+    for i, boxes in enumerate(tqdm(found, "judging", len(frames), dynamic_ncols=True, mininterval=1)):
+        frame = frames[i]
+        results.append(eval_boxes.as_results(frame, eval_boxes.image_size(frame), *boxes))
+        if save:
+            eval_boxes.write_results(save / f"{frame.cloud.stem}.txt", *results[-1])
+        if i in pictured:
+            scene = data_det3d.read_scene(frame, c.keep_rows)
+            pictures_boxes.draw_boxes(scene, *boxes, save / "pictures" / f"{frame.cloud.stem}.png", frame.name)
+    return results
+
+
+COMMANDS = {"match": match, "probe": probe, "show": show, "depth": depth, "det3d": det3d, "export": weights.export}
 
 
 def main():

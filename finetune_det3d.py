@@ -787,7 +787,7 @@ def finish(model, c, run, frames, held_out, loop):
     said = eval_boxes.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
     if held_out:
-        print("\n" + "\n".join(eval_boxes.report(loop.judged)))
+        print("\n" + "\n".join(eval_boxes.report(loop.judged, eval_boxes.is_standard(held_out))))
 
 
 def main():
