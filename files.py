@@ -1,4 +1,4 @@
-"""Errors that a user can mend, files that are whole or absent, the ways to find and to read them, anybody's checkpoints.
+"""Errors that a user can mend, files that are whole or absent, the ways to find and read them, anybody's checkpoints.
 
 This module imports none of the others.
 """
