@@ -626,7 +626,8 @@ def build_optimizers(model, c):
 def rate(step, steps, warm_up):
     """The rate at a step, as a share of the highest: a cosine to 1e-5, and at first a rise from a tenth of it."""
     cosine = 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * step / steps)) / 2
-    return cosine * min(1.0, 0.1 + 0.9 * step / max(warm_up, 1))
+    risen = step / warm_up if step < warm_up else 1.0
+    return cosine * (0.1 + 0.9 * risen)
 
 
 def check_config(c, world):

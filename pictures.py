@@ -765,7 +765,7 @@ def draw_det3d(scene, boxes, scores, classes, path, title):
     top, bottom = figure.subfigures(2, 1, height_ratios=[14 * height / width + 0.8, 8.6])
     on_image, above = top.subplots(), bottom.subplots()
     on_image.imshow(scene.image)
-    far = max(30.0, *(float(b[0]) + 8 for b in (*truth, *boxes)))
+    far = max([30.0, *(float(b[0]) + 8 for b in (*truth, *boxes))])
     cloud = scene.points[scene.points[:, 0] < far]
     above.scatter(-cloud[:, 1], cloud[:, 0], s=0.6, c="0.6", linewidths=0)
     for kind, colour, style in ((truth, LABELLED, "-"), (boxes, FOUND, "--")):
