@@ -39,7 +39,7 @@ import eval_boxes
 import ops_boxes
 import ops_sparse
 import ops_triton as ops
-import pictures
+import pictures_boxes
 import runtime
 import synthetic
 import weights
@@ -74,7 +74,7 @@ class Config:
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
-    """If data_root does not exist, write this many built-in scenes there first."""
+    """Write this many built-in scenes first, if data_root is data/synthetic and does not exist."""
     workers: int = 4
     """Loading processes per GPU; 0 loads in the training process."""
     # ---- augmentation ----
@@ -147,7 +147,7 @@ class Config:
     image_optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is the release's."""
     warm_up: int = 1000
-    """Steps in which the rate rises, from a tenth."""
+    """Steps in which the rate rises, from a tenth; the cosine is over the others."""
     clip: float = 35.0
     """Norm that gradients are cut to; 0 for not at all."""
     # ---- the run ----
@@ -624,10 +624,11 @@ def build_optimizers(model, c):
 
 
 def rate(step, steps, warm_up):
-    """The rate at a step, as a share of the highest: a cosine to 1e-5, and at first a rise from a tenth of it."""
-    cosine = 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * step / steps)) / 2
-    risen = step / warm_up if step < warm_up else 1.0
-    return cosine * (0.1 + 0.9 * risen)
+    """The rate at a step, as a share of the highest: a straight rise from a tenth, then a cosine to 1e-5."""
+    warm_up = min(warm_up, steps - 1)
+    if step < warm_up:
+        return 0.1 + 0.9 * step / warm_up
+    return 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
 
 
 def check_config(c, world):
@@ -782,11 +783,11 @@ def finish(model, c, run, frames, held_out, loop):
     if not run.main:
         return
     folder = loop.folder
-    pictures.draw_det3d_curves(folder / "log.jsonl", folder / "curves.png")
+    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png")
     said = eval_boxes.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
     if held_out:
-        print("\n" + "\n".join(eval_boxes.report(loop.judged)))
+        print("\n" + "\n".join(eval_boxes.report(loop.judged, eval_boxes.is_standard(held_out))))
 
 
 def main():

@@ -64,8 +64,8 @@ class Config:
     data_root: tuple[str, ...] = ("data/kitti",)
     """Folder in KITTI's object or raw layout; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
-    """Of the object layout: names of files in ImageSets/. The paper pre-trains on train and test, and keeps val
-    unseen.
+    """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. The paper pre-trains on train
+    and test, and keeps val unseen.
     """
     eval_splits: tuple[str, ...] = ()
     """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than
@@ -82,7 +82,7 @@ class Config:
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
-    """If data_root does not exist, write this many built-in scenes there first."""
+    """Write this many built-in scenes first, if data_root is data/synthetic and does not exist."""
     num_points: int = 16384
     """Points a sweep is sampled to, in the camera's view and in range."""
     workers: int = 4
@@ -213,7 +213,10 @@ PRESETS = {
         ),
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config(eval_splits=("val",), eval_every=1000)),
-    "kitti_raw": ("KITTI raw drives.", Config(data_root=("data/kitti_raw",), frame_stride=10, name="kitti_raw")),
+    "kitti_raw": (
+        "KITTI raw drives.",
+        Config(data_root=("data/kitti_raw",), splits=(), frame_stride=10, name="kitti_raw"),
+    ),
 }  # fmt: skip
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
@@ -481,25 +484,31 @@ def build_optimizers(model, c):
 # training
 
 
-def find_frames(c, roots, splits):
-    return [f for root in roots for f in data_kitti.find_frames(root, splits, c.frame_stride, c.skip_missing)]
+def find_frames(c, roots, splits, named=False):
+    """Frames to judge on, as data_kitti.pool_frames finds them."""
+    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, named=named)[0]
 
 
 def load_frames(c, run):
-    """-> frames to train on; frames of --eval-splits, none of them trained on; a note to print or None.
+    """-> frames to train on; frames of --eval-splits, none of them trained on; notes to print, as one text, or None.
 
-    Raises BadInput as find_frames does, for held-out frames that are trained on, and for fewer than two.
+    Raises BadInput as data_kitti.pool_frames does, for held-out frames that are trained on, and for fewer than two.
     """
     synthetic.write_scenes(c, run)
-    frames = find_frames(c, c.data_root, c.splits)
+    frames, notes = data_kitti.pool_frames(c.data_root, c.splits, c.frame_stride, c.skip_missing)
     if not (c.eval_splits or c.eval_root):
-        return frames, [], None
-    held_out = data.evenly_spread(find_frames(c, c.eval_root or c.data_root, c.eval_splits), c.eval_frames)
+        return frames, [], "\n".join(notes) or None
+    roots, flag = c.eval_root or c.data_root, "--eval-splits"
+    held_out, more = data_kitti.pool_frames(roots, c.eval_splits, c.frame_stride, c.skip_missing, flag)
+    notes += [note for note in more if note not in notes]
+    held_out = data.evenly_spread(held_out, c.eval_frames)
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     data.check_unseen(frames, held_out, flag)
     if len(held_out) < 2:
         raise BadInput(f"{flag}: judging needs two frames or more, for the other frame's image")
-    return frames, held_out, data.shared_drives(frames, held_out, flag)
+    shared = data.shared_drives(frames, held_out, flag)
+    notes += [shared] if shared else []
+    return frames, held_out, "\n".join(notes) or None
 
 
 def check_config(c, world):

@@ -1,0 +1,205 @@
+"""The usual way to write each operation of a training step, and how far an answer may be from ours: for bench.py.
+
+Of `bench.py ops`:
+    farthest points     the torch loop that everybody writes
+    ball query          cdist and topk, cloud by cloud; on a CPU also scipy's k-d tree
+    gathered maximum    gather, then max
+    set abstraction     group, then Conv2d, BatchNorm2d and ReLU over (B, C, M, k), then max
+    bilinear sampling   F.grid_sample, image by image
+    assignment          scipy's, of full matrices, one after another
+
+Of `bench.py step`: the same step with grouped set abstractions, serial scipy, and grid_sample image by image. Its
+farthest points and balls stay ours, since the usual code has compiled CUDA operations for them. Where image sizes are
+drawn, the usual code draws one for each image and pads the batch to the largest (`padding`).
+
+Of `bench.py step --task depth`: the same network in the toolbox's way, that is float32 (TF32 where a GPU has it),
+channels first, an unfused AdamW, and a loss that indexes by a mask (`masked_sig_loss`).
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
+from torch import nn
+
+import data
+import ops_triton as ops
+
+# -----------------------------------------------------------------------------
+# the peers
+
+
+def fps_loop(points, m):
+    """points (B, N, C) -> (B, m) int64."""
+    B, N, _ = points.shape
+    clouds = torch.arange(B, device=points.device)
+    picks = torch.zeros(B, m, dtype=torch.long, device=points.device)
+    nearest = torch.full((B, N), 1e10, device=points.device)
+    pick = picks[:, 0]
+    for i in range(m):
+        picks[:, i] = pick
+        distance = ((points - points[clouds, pick][:, None]) ** 2).sum(-1)
+        nearest = torch.min(nearest, distance)
+        pick = nearest.argmax(-1)
+    return picks
+
+
+def ball_topk(xyz, centers, radius, k, min_radius):
+    """xyz (B, N, 3), centers (B, M, 3) -> (B, M, k) int64."""
+    N = xyz.shape[1]
+    out = []
+    for points, around in zip(xyz, centers):  # all clouds at once would take 16 bytes for every point and centre
+        distance = torch.cdist(around, points, compute_mode="donot_use_mm_for_euclid_dist")  # (M, N)
+        outside = (distance >= radius) | ((distance < min_radius) & (distance > 0))
+        index = torch.arange(N, device=xyz.device).expand_as(distance).masked_fill(outside, N)
+        index = index.topk(k, largest=False, sorted=True).values  # (M, k)
+        first = index[:, :1] % N  # 0 for a ball with no hit
+        out.append(torch.where(index == N, first, index))
+    return torch.stack(out)
+
+
+def ball_kdtree(xyz, centers, radius, k, min_radius):
+    """As ball_topk, on a CPU."""
+    out = np.zeros((len(xyz), centers.shape[1], k), np.int64)
+    threads = torch.get_num_threads()
+    for points, around, balls in zip(xyz.numpy(), centers.numpy(), out):
+        found = cKDTree(points).query_ball_point(around, radius, return_sorted=True, workers=threads)
+        for center, hits, ball in zip(around, found, balls):
+            if min_radius:
+                distance = np.linalg.norm(points[hits] - center, axis=1)
+                hits = np.array(hits)[(distance >= min_radius) | (distance == 0)]
+            if len(hits):
+                ball[:] = hits[0]
+                ball[: len(hits)] = hits[:k]
+    return torch.from_numpy(out)
+
+
+def group(features, idx):
+    """features (B, N, C), idx (B, M, k) -> (B, C, M, k)."""
+    columns = features.transpose(1, 2)  # (B, C, N)
+    flat = idx.flatten(1)[:, None].expand(-1, columns.shape[1], -1)  # (B, C, M k)
+    return columns.gather(2, flat).unflatten(2, idx.shape[1:])
+
+
+def group_max(features, idx):
+    """features (B, N, C), idx (B, M, k) -> (B, M, C)."""
+    return group(features, idx).max(3).values.transpose(1, 2)
+
+
+def shells(sa):
+    """(radius, neighbours, inner radius) of each ball of a set abstraction: a ball leaves out the one before it."""
+    return list(zip(sa.radii, sa.neighbours, (0.0, *sa.radii)))
+
+
+class Grouped(nn.Module):
+    """A set abstraction as PointNet++ draws it, on the weights of one of ours."""
+
+    def __init__(self, sa):
+        super().__init__()
+        self.shells = shells(sa)
+        self.mlps = nn.ModuleList()
+        for mlp in sa.mlps:
+            parts = []
+            for layer in mlp:
+                parts += [layer.conv, layer.bn, nn.ReLU(inplace=True)]
+            self.mlps.append(nn.Sequential(*parts))
+
+    def forward(self, xyz, features, centers):
+        out = []
+        for mlp, (radius, k, inner) in zip(self.mlps, self.shells):
+            idx = ops.ball_query(xyz, centers, radius, k, inner)
+            out.append(mlp(group(features, idx)).max(3).values.transpose(1, 2))
+        return torch.cat(out, -1)
+
+
+def grid_sample_per_image(feature_map, uv):
+    """feature_map (B, C, H, W), uv (B, N, 2) in cells -> (B, N, C)."""
+    size = uv.new_tensor([feature_map.shape[3] - 1, feature_map.shape[2] - 1])
+    samples = []
+    for m, p in zip(feature_map, uv):
+        grid = (2 * p / size - 1)[None, None]  # (1, 1, N, 2)
+        samples.append(F.grid_sample(m[None].float(), grid, align_corners=True)[0, :, 0].T)
+    return torch.stack(samples).to(feature_map.dtype)
+
+
+def serial_scipy(alpha, beta, T, visible, method):
+    """In place of simipu.match_in_background: full matrices, one after another, before anything else goes on."""
+    partner, distance = [], []
+    host = [x.detach().cpu().double().numpy() for x in (alpha, beta, T)]
+    for a, b, t in zip(*host):
+        cost = cdist(a @ t[:3, :3].T + t[:3, 3], b)
+        rows, columns = linear_sum_assignment(cost)
+        scale = np.cbrt(abs(np.linalg.det(t[:3, :3])))
+        partner.append(torch.from_numpy(columns))
+        distance.append(torch.from_numpy(cost[rows, columns] / scale))
+    rows = visible.flatten().nonzero()[:, 0]
+    result = torch.stack(partner).to(alpha.device), torch.stack(distance).to(alpha.device), rows
+    return lambda: result
+
+
+def masked_sig_loss(prediction, truth):
+    """In place of finetune_depth.sig_loss."""
+    known = truth > 0
+    g = torch.log(prediction[known] + 1e-3) - torch.log(truth[known] + 1e-3)
+    return torch.sqrt(g.var() + 0.15 * g.mean() ** 2)
+
+
+def padding(sizes, c):
+    """How much larger a batch gets whose images each draw their own size and are padded to the largest.
+
+    sizes (B, 2): width, height of the files. c: image_scale. -> pixels over those of one drawn size for all images, a
+    mean over 1000 steps; 1 where nothing is drawn.
+    """
+    draws = [[data.random_image_scale(c.image_scale, i, j) for j in range(len(sizes))] for i in range(1000)]
+    own = np.array(draws)  # (1000, B, 2)
+    pixels = []
+    for box in (own, own[:, :1]):
+        resized = (sizes * (box / sizes).min(2, keepdims=True)).round()  # (1000, B, 2)
+        canvas = np.ceil(resized.max(1) / data.SIZE_DIVISOR) * data.SIZE_DIVISOR
+        pixels.append(canvas.prod(1).mean())
+    return pixels[0] / pixels[1]
+
+
+# -----------------------------------------------------------------------------
+# are they the same answers? `differ` of a row: results of ours and of the peer -> error, 0 for exact
+
+
+def picks_differ(points):
+    """-> differ, for orders of farthest points among `points` (B, N, C).
+
+    Rounding may break a tie otherwise, and all later picks follow from it. So where two orders part, both picks must be
+    equally far from all before; how unequal they are is the error.
+    """
+
+    def differ(ours, peer):
+        worst = 0.0
+        for p, a, b in zip(points.double(), ours, peer):
+            parted = (a != b).nonzero()
+            if len(parted):
+                i = int(parted[0])
+                far = torch.cdist(p[torch.stack([a[i], b[i]])], p[a[:i]]).amin(1)  # (2,)
+                worst = max(worst, 1e-9, abs(float(far[0] / far[1]) - 1))
+        return worst
+
+    return differ
+
+
+def share_of_balls(ours, peer):
+    """The share of balls that differ: a point may lie on a radius to the last bit, and the peers round otherwise."""
+    return float((ours != peer).any(2).float().mean())
+
+
+def norms_differ(ours, peer):
+    """The worst of outputs and gradients: the norm of the difference, relative to the peer's."""
+    errors = []
+    for a, b in zip(ours, peer):
+        norm = b.float().norm().clamp(min=1e-30)
+        errors.append(float((a - b).float().norm() / norm))
+    return max(errors)
+
+
+def costs_differ(ours, peer):
+    """There are several optimal assignments, all of one total distance."""
+    return norms_differ([ours[1].sum()], [peer[1].sum()])
