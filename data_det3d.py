@@ -98,13 +98,15 @@ def lidar_rows(points):
 
 
 def find_frames(roots, splits, skip_missing=False):
-    """Frames that have labels. Raises BadInput as data_kitti.find_frames does, and for a frame without its label."""
+    """Frames that have labels. Raises BadInput as data_kitti.find_frames does, and for a frame without its label, or
+    with a line in it that is none: before a run begins, not in its middle."""
     frames = [f for root in roots for f in data_kitti.find_frames(root, splits, skip_missing=skip_missing)]
     for f in frames:
         if f.label is None:
             raise BadInput(f"{f.image}: of a raw drive, which has no labels; detection wants KITTI's object layout")
         if not f.label.is_file():
             raise BadInput(f"{f.label}: missing; it holds the boxes of frame {f.name}")
+        data_kitti.read_labels(f.label)
     return frames
 
 

@@ -65,7 +65,7 @@ def draw_boxes(scene, boxes, scores, classes, path, title):
     limit_to_image(on_image, height, width)
     on_image.axis("off")
     from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
-    above.set_ylim(0, max(30.0, *(float(box[0]) + 8 for box in (*truth, *boxes))))
+    above.set_ylim(0, max([30.0, *(float(box[0]) + 8 for box in (*truth, *boxes))]))
     above.set_xlim(-28, 28)
     save_figure(figure, path)
     return said

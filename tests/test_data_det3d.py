@@ -426,9 +426,11 @@ def test_labels_that_cannot_be_used(scenes, raw_drive, tmp_path):
         words = rf"{frames[1].label.name}: line {number} is no label \(a type and 14 numbers\)$"
         sample = data_det3d.DetectionFrames(frames, C, LAYOUT)[(0, 1)]
         fine = data_det3d.DetectionFrames(frames, C, LAYOUT)[(0, 0)]
-        for found in (sample, data_det3d.collate(LAYOUT, [fine, sample])):
-            with pytest.raises(BadInput, match=words):
-                raise found
+        assert isinstance(sample, BadInput) and data_det3d.collate(LAYOUT, [fine, sample]) is sample
+        with pytest.raises(BadInput, match=words):
+            raise sample
+        with pytest.raises(BadInput, match=words):
+            data_det3d.find_frames([root], ["train"])
         with pytest.raises(BadInput, match=words):
             data_det3d.open_bank(frames, tmp_path / "out" / "run", 1, ALONE)
         assert not (tmp_path / "out").exists()
