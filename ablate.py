@@ -3,12 +3,12 @@
     python ablate.py --seeds 0 1 2 --jobs 2                                     # on the demo's built-in scenes
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
     python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25     # of what use is the start?
-
-    python ablate.py --task det3d --inits no-image none out/demo/backbone.pt --labels 1  # the same for detection
+    python ablate.py --task det3d --inits no-image none out/demo/backbone.pt --labels 1 # the same for detection
 
 Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth,
-finetune_det3d.py for det3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in out/NAME/VARIANT/SEED. It is left alone if
-it has been finished before with the same flags, so a table that was interrupted goes on where it stopped.
+finetune_det3d.py for det3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in
+out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a table that was
+interrupted goes on where it stopped.
 
 The table, in Markdown, has the mean over seeds, and their range, of the last step's figures (eval.py says what they
 are). No run and no step is picked. `random` is the untrained network. --gather-negatives needs several processes;

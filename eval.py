@@ -259,12 +259,9 @@ def probe(
 
 
 def contents_of_run(path):
-    """Contents of a last.pt, {} of other weights."""
-    try:
-        saved = read_checkpoint(path)
-    except BadInput:  # of another kind, which weights.py can read
-        return {}
-    return saved if isinstance(saved, dict) else {}
+    """Contents of a last.pt, {} of other weights. Raises BadInput for what cannot be read."""
+    saved = read_checkpoint(path)
+    return saved if isinstance(saved, dict) and "inventory" in saved else {}
 
 
 # -----------------------------------------------------------------------------
