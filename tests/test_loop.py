@@ -14,11 +14,24 @@ import torch.multiprocessing as mp
 from conftest import needs_gpu
 
 import files
-import runtime
 import simipu
 from files import BadInput
 
-SMALL = ["--places", 32, "--num-points", 1024, "--image-scale", 160, 64, "--point-hidden", 32, "--image-hidden", 32, "--embed-dim", 32]
+SMALL = [
+    "--places",
+    32,
+    "--num-points",
+    1024,
+    "--image-scale",
+    160,
+    64,
+    "--point-hidden",
+    32,
+    "--image-hidden",
+    32,
+    "--embed-dim",
+    32,
+]
 SMALL += ["--batch-size", 4, "--log-every", 1]
 MINI = ["--eval-splits", *SMALL, "--workers", 0]  # no splits: no evaluation at the end
 SAME = ("intra", "inter", "intra_top1", "inter_top1", "match_m", "intra_positive", "inter_negative", "inter_std")
@@ -34,7 +47,9 @@ def figures(folder):
 
 
 def test_demo_in_miniature(run_script, run_here, tmp_path):
-    """Writes its scenes, learns, draws, judges itself on held-out scenes, says what it was made with; the same seed has the same losses."""
+    """Writes its scenes, learns, draws, judges itself on held-out scenes, says what it was made with; the same seed has
+    the same losses.
+    """
     demo = ["demo", "--synthetic-frames", 8, *SMALL]
     done = run_script("simipu.py", *demo, "--max-steps", 30, "--workers", 1, "--eval-every", 20)
     assert done.returncode == 0, done.stderr
@@ -49,7 +64,17 @@ def test_demo_in_miniature(run_script, run_here, tmp_path):
         assert log[0][loss + "_chance"] == pytest.approx(np.log(4 * 32), abs=1e-3)
         assert np.mean(values[-6:]) < np.mean(values[:6]) - 0.1, values
         assert 1 <= log[0][loss + "_rank"] <= 32 and 1 <= log[0][loss + "_key_rank"] <= 32
-    assert {"data_ms", "step_ms", "samples_per_s", "match_m", "visible", "intra_std", "inter_key_std", "inter_positive", "inter_negative"} <= log[0].keys()
+    assert {
+        "data_ms",
+        "step_ms",
+        "samples_per_s",
+        "match_m",
+        "visible",
+        "intra_std",
+        "inter_key_std",
+        "inter_positive",
+        "inter_negative",
+    } <= log[0].keys()
 
     # judged at step 20 and at the end, beside a random network
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -65,15 +90,30 @@ def test_demo_in_miniature(run_script, run_here, tmp_path):
     # provenance: the log's first line, and the checkpoint
     saved = torch.load(out / "last.pt", weights_only=True)
     for about in (lines[0], saved):
-        assert about["packages"]["torch"] == torch.__version__ and about["config"]["places"] == 32 and about["data"]["frames"] == 6
-        assert len(about["data"]["fingerprint"]) == 16 and about["dirty"] in (True, False, None) and about["machine"]["processes"] == 1
-    sizes = [(tmp_path / "data/synthetic/training" / part).stat().st_size for part in ("image_2/000001.png", "velodyne/000001.bin")]
+        assert (
+            about["packages"]["torch"] == torch.__version__
+            and about["config"]["places"] == 32
+            and about["data"]["frames"] == 6
+        )
+        assert (
+            len(about["data"]["fingerprint"]) == 16
+            and about["dirty"] in (True, False, None)
+            and about["machine"]["processes"] == 1
+        )
+    sizes = [
+        (tmp_path / "data/synthetic/training" / part).stat().st_size
+        for part in ("image_2/000001.png", "velodyne/000001.bin")
+    ]
     assert f"training/000001 {sizes[0]} {sizes[1]}" in saved["inventory"]
 
-    again = run_script("simipu.py", *demo, "--name", "again", "--workers", 0, "--max-steps", 5, "--eval-splits")  # loaded by other processes
+    again = run_script(
+        "simipu.py", *demo, "--name", "again", "--workers", 0, "--max-steps", 5, "--eval-splits"
+    )  # loaded by other processes
     assert again.returncode == 0, again.stderr
     assert figures(tmp_path / "out" / "again") == figures(out)[:5]
-    status, _, said = run_here(simipu, *demo, "--name", "other", "--seed", 1, "--workers", 0, "--max-steps", 2, "--eval-splits")
+    status, _, said = run_here(
+        simipu, *demo, "--name", "other", "--seed", 1, "--workers", 0, "--max-steps", 2, "--eval-splits"
+    )
     assert status == 0 and figures(tmp_path / "out" / "other")[1][2:] != figures(out)[1][2:], said
 
 
@@ -87,7 +127,9 @@ def test_on_a_gpu(run_script, scenes, tmp_path, device):
         return read_log(tmp_path / "out" / name)
 
     one, other = (log_of(name, "--device", name, "--no-amp", "--max-steps", 1)[0] for name in ("cpu", device))
-    assert [other[k] for k in ("intra", "inter", "match_m")] == pytest.approx([one[k] for k in ("intra", "inter", "match_m")], rel=0.01)
+    assert [other[k] for k in ("intra", "inter", "match_m")] == pytest.approx(
+        [one[k] for k in ("intra", "inter", "match_m")], rel=0.01
+    )
     log_of("bfloat16", "--device", device, "--max-steps", 10)
     log = log_of("bfloat16", "--device", device, "--max-steps", 30)
     assert [line["step"] for line in log] == list(range(1, 31)) and all(line["memory_gb"] > 0 for line in log)
@@ -96,17 +138,30 @@ def test_on_a_gpu(run_script, scenes, tmp_path, device):
         assert np.mean(values[-6:]) < np.mean(values[:6]) - 0.1, values
 
 
-def test_more_processes_than_gpus(monkeypatch):
-    for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BadInput, match="^2 processes on this machine but 1 GPU: --nproc_per_node=1, or --device cpu$"):
-        runtime.start_run()
+def test_checkpoints_that_do_not_fit(run_here, scenes, tmp_path):
+    start = ["demo", "--data-root", scenes, *MINI, "--max-steps", 1]
+
+    def refused(*arguments):
+        status, _, err = run_here(simipu, *start, *arguments)
+        assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    assert run_here(simipu, *start)[0] == 0
+    last = tmp_path / "out" / "demo" / "last.pt"
+    before = last.read_bytes(), (last.parent / "log.jsonl").read_text()
+    assert "out/demo/last.pt: made with temperature=0.07, not 0.1" in refused("--temperature", 0.1)
+    assert (last.read_bytes(), (last.parent / "log.jsonl").read_text()) == before
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "little.pth")
+    assert "little.pth: " in refused("--name", "new", "--init", "little.pth")
+    assert "frames=" in refused("--splits", "trainval", "--batch-size", 4)  # other frames, another order
+    last.write_bytes(before[0][:1000])
+    assert "last.pt: not a readable checkpoint" in refused()
 
 
 def test_two_processes(run_script, scenes, tmp_path):
-    done = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 20, "--gather-negatives", processes=2)
+    done = run_script(
+        "simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 20, "--gather-negatives", processes=2
+    )
     assert done.returncode == 0, done.stderr
     assert "2 processes x 1 passes x 2 frames" in done.stdout
     log = read_log(tmp_path / "out" / "demo")
@@ -117,13 +172,34 @@ def test_two_processes(run_script, scenes, tmp_path):
         assert np.mean(values[-5:]) < np.mean(values[:5]) - 0.1, values
 
 
-RESUMED = [*MINI, "--group", 1, "--save-every", 3, "--max-steps", 7, "--image-scale", 96, 64, 192, 96]  # sizes change, gradients accumulate
+RESUMED = [
+    *MINI,
+    "--group",
+    1,
+    "--save-every",
+    3,
+    "--max-steps",
+    7,
+    "--image-scale",
+    96,
+    64,
+    192,
+    96,
+]  # sizes change, gradients accumulate
 
 
 def start(folder, *arguments, launcher=()):
     """A run of the script in the background."""
     command = [sys.executable, *launcher, simipu.__file__, "demo", *arguments]
-    return subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def wait_until(what, process):
@@ -143,8 +219,9 @@ def assert_same_run(one, other):
 
 
 def test_killed_during_a_save_resumes_exactly(scenes, tmp_path):
-    """kill -9 while the second checkpoint is being written: the first one is whole, and the run goes on from it to the same bits.
-    Stopping by --max-steps and going on is the same."""
+    """kill -9 while the second checkpoint is being written: the first one is whole, and the run goes on from it to the
+    same bits. Stopping by --max-steps and going on is the same.
+    """
     whole = start(tmp_path, "--data-root", scenes, *RESUMED, "--name", "whole")
     assert whole.wait(600) == 0, whole.stderr.read()
     out, temporary = tmp_path / "out" / "demo", tmp_path / "out" / "demo" / "last.tmp.pt"
@@ -157,7 +234,9 @@ def test_killed_during_a_save_resumes_exactly(scenes, tmp_path):
     process.wait()
     saved = torch.load(out / "last.pt", weights_only=True)
     assert temporary.exists() and saved["step"] == 3 and read_log(out)[-1]["step"] >= 6
-    assert torch.load(out / "backbone.pt", weights_only=True)["step"] == 6  # written first: of a finished run, never an older one
+    assert (
+        torch.load(out / "backbone.pt", weights_only=True)["step"] == 6
+    )  # written first: of a finished run, never an older one
     again = start(tmp_path, "--data-root", scenes, *RESUMED)
     assert again.wait(600) == 0, again.stderr.read()
     assert_same_run(out, tmp_path / "out" / "whole")
@@ -172,17 +251,32 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_save(run_her
     status, _, err = run(3)
     assert (status, err.splitlines()[-1]) == (1, "error: out/demo/last.pt: not written (No space left on device)")
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
-    assert run(3)[0] == 0 and [line["step"] for line in read_log(out)] == [1, 2, 3]  # what it had begun to write is gone
-    with pytest.raises(BadInput, match=r"^log\.jsonl: not written \(No space left on device\)$"), files.disk_errors("log.jsonl"), open("/dev/full", "w") as f:
+    assert run(3)[0] == 0 and [line["step"] for line in read_log(out)] == [
+        1,
+        2,
+        3,
+    ]  # what it had begun to write is gone
+    with (
+        pytest.raises(BadInput, match=r"^log\.jsonl: not written \(No space left on device\)$"),
+        files.disk_errors("log.jsonl"),
+        open("/dev/full", "w") as f,
+    ):
         f.write("{}")
 
 
 def children(pid):
-    return [int(child) for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()]
+    return [
+        int(child)
+        for child in subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+        ).stdout.split()
+    ]
 
 
 def test_torchrun_restarts_a_killed_worker_and_loses_nothing(scenes, tmp_path):
-    """Two processes; one of them is killed after the first checkpoint; torchrun starts both again, from that checkpoint."""
+    """Two processes; one of them is killed after the first checkpoint; torchrun starts both again, from that
+    checkpoint.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     arguments = ["--data-root", scenes, *RESUMED, "--batch-size", 2, "--max-steps", 12]
     whole = start(tmp_path, *arguments, "--name", "whole", launcher=launcher)
@@ -201,13 +295,28 @@ def test_torchrun_restarts_a_killed_worker_and_loses_nothing(scenes, tmp_path):
 
 @pytest.mark.parametrize("processes, log_every, rate", [(0, 10, "--point-lr"), (2, 1, "--image-lr")])
 def test_a_loss_that_is_not_finite_stops_the_run(run_script, scenes, tmp_path, processes, log_every, rate):
-    """An absurd learning rate: finite loss in step 1, and not after. One message names the step and the frames; the checkpoint of a good
-    step stays. Found a step late where nothing was about to be written."""
-    arguments = ["--data-root", scenes, *MINI, "--image-optimizer", "sgd", rate, 1e30, "--log-every", log_every, "--save-every", log_every]
+    """An absurd learning rate: finite loss in step 1, and not after. One message names the step and the frames; the
+    checkpoint of a good step stays. Found a step late where nothing was about to be written.
+    """
+    arguments = [
+        "--data-root",
+        scenes,
+        *MINI,
+        "--image-optimizer",
+        "sgd",
+        rate,
+        1e30,
+        "--log-every",
+        log_every,
+        "--save-every",
+        log_every,
+    ]
     done = run_script("simipu.py", "demo", *arguments, "--max-steps", 20, processes=processes)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if "error: " in line and "not finite" in line]
-    assert len(errors) == 1 and errors[0].startswith("error: step 2: the loss or its gradient is not finite; frames training/0000"), done.stderr
+    assert len(errors) == 1 and errors[0].startswith(
+        "error: step 2: the loss or its gradient is not finite; frames training/0000"
+    ), done.stderr
     assert len(set(errors[0].split("frames ")[1].split(";")[0].split(", "))) == 4  # all that were in that step
     out = tmp_path / "out" / "demo"
     assert processes or "Traceback" not in done.stderr
@@ -226,12 +335,16 @@ def test_weights_that_are_not_finite_are_not_saved(run_here, scenes, tmp_path, m
     def poisoned(model, c):
         optimizers = build(model, c)
         weight = optimizers[0].param_groups[0]["params"][0]
-        optimizers[0].register_step_post_hook(lambda *_: steps.append(1) or len(steps) == 3 and weight.data.view(-1)[:1].fill_(float("nan")))
+        optimizers[0].register_step_post_hook(
+            lambda *_: steps.append(1) or len(steps) == 3 and weight.data.view(-1)[:1].fill_(float("nan"))
+        )
         return optimizers
 
     monkeypatch.setattr(simipu, "build_optimizers", poisoned)
     status, _, err = run_here(simipu, "demo", "--data-root", scenes, *MINI, "--max-steps", 9, "--save-every", 1)
-    assert status == 1 and err.splitlines()[-1].startswith("error: step 3: the loss or its gradient is not finite; frames training/0000")
+    assert status == 1 and err.splitlines()[-1].startswith(
+        "error: step 3: the loss or its gradient is not finite; frames training/0000"
+    )
     saved = torch.load(tmp_path / "out" / "demo" / "last.pt", weights_only=True)
     assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["model"].values())
 
@@ -240,7 +353,11 @@ def flat(state):
     """Nested dicts and lists of tensors as one comparable list."""
     if torch.is_tensor(state):
         return state.flatten().tolist()
-    return [flat(v) for v in (state.values() if isinstance(state, dict) else state)] if isinstance(state, (dict, list)) else state
+    return (
+        [flat(v) for v in (state.values() if isinstance(state, dict) else state)]
+        if isinstance(state, (dict, list))
+        else state
+    )
 
 
 def test_two_processes_make_the_step_of_one_that_accumulates(run_script, scenes, tmp_path):
@@ -253,15 +370,21 @@ def test_two_processes_make_the_step_of_one_that_accumulates(run_script, scenes,
         assert done.returncode == 0, done.stderr
         optimizers = torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["optimizers"]
         states = [state for o in optimizers for state in o["state"].values()]
-        gradients[name] = torch.cat([(s["exp_avg"] / 0.05 if "exp_avg" in s else s["momentum_buffer"]).flatten() for s in states])
-        assert read_log(tmp_path / "out" / name)[0]["intra_chance"] == pytest.approx(np.log(2 * 32), abs=1e-3)  # a pass's own pairs
+        gradients[name] = torch.cat(
+            [(s["exp_avg"] / 0.05 if "exp_avg" in s else s["momentum_buffer"]).flatten() for s in states]
+        )
+        assert read_log(tmp_path / "out" / name)[0]["intra_chance"] == pytest.approx(
+            np.log(2 * 32), abs=1e-3
+        )  # a pass's own pairs
     one, two = gradients.values()
     assert one.norm() > 1e-3 and (one - two).norm() < 0.05 * one.norm()
 
 
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")])
 def test_sigterm_saves_and_leaves(scenes, tmp_path, launcher):
-    """As a scheduler sends it: to every process there is, the loading one too. (torchrun itself ends with 1, whatever its workers do.)"""
+    """As a scheduler sends it: to every process there is, the loading one too. (torchrun itself ends with 1, whatever
+    its workers do.)
+    """
     arguments = ["--data-root", scenes, *MINI, "--workers", 1, "--max-steps", 500, "--save-every", 500]
     process, out = start(tmp_path, *arguments, launcher=launcher), tmp_path / "out" / "demo"
     try:
@@ -276,19 +399,44 @@ def test_sigterm_saves_and_leaves(scenes, tmp_path, launcher):
 
 def test_kitti_mini(run_script, kitti, tmp_path):
     """The paper's networks and losses on real frames, on a CPU."""
-    arguments = ["kitti", "--data-root", kitti.resolve(), "--splits", "train", "test", "--batch-size", 2, "--max-steps", 2, "--image-scale", 320, 96]
+    arguments = [
+        "kitti",
+        "--data-root",
+        kitti.resolve(),
+        "--splits",
+        "train",
+        "test",
+        "--batch-size",
+        2,
+        "--max-steps",
+        2,
+        "--image-scale",
+        320,
+        96,
+    ]
     done = run_script("simipu.py", *arguments, "--workers", 1, "--log-every", 1, "--eval-splits")
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "out" / "kitti")
     assert [line["step"] for line in log] == [1, 2]
     assert log[0]["intra_chance"] == log[0]["inter_chance"] == pytest.approx(np.log(2 * 1024), abs=1e-3)
-    assert all(line["intra"] < line["intra_chance"] and line["visible"] == 1 and line["match_m"] < 1 for line in log)  # reflectance alone tells something
+    assert all(
+        line["intra"] < line["intra_chance"] and line["visible"] == 1 and line["match_m"] < 1 for line in log
+    )  # reflectance alone tells something
 
 
 def test_kitti_raw(run_script, kitti, tmp_path):
     if not (kitti / "raw").is_dir():
         pytest.skip("no raw drives beside it")
-    arguments = ["kitti_raw", "--data-root", (kitti / "raw").resolve(), *MINI, "--max-steps", 2, "--image-encoder", "resnet18"]
+    arguments = [
+        "kitti_raw",
+        "--data-root",
+        (kitti / "raw").resolve(),
+        *MINI,
+        "--max-steps",
+        2,
+        "--image-encoder",
+        "resnet18",
+    ]
     done = run_script("simipu.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert len(read_log(tmp_path / "out" / "kitti_raw")) == 2
@@ -317,7 +465,11 @@ def _gather_worker(rank, uneven, out):
 def _gather_problem():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(24, 6, generator=g, dtype=torch.float64)
-    return x, x + torch.randn(24, 6, generator=g, dtype=torch.float64), torch.randn(6, 5, generator=g, dtype=torch.float64)
+    return (
+        x,
+        x + torch.randn(24, 6, generator=g, dtype=torch.float64),
+        torch.randn(6, 5, generator=g, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("uneven", [False, True])
@@ -348,14 +500,21 @@ def _sync_worker(rank, out):
     grads = [p.grad for p in layer.parameters()]
     for g in grads:
         torch.distributed.all_reduce(g)
-    torch.save({"dx": part.grad, "grads": grads, "mean": layer.bn.running_mean, "var": layer.bn.running_var}, f"{out}.{rank}")
+    torch.save(
+        {"dx": part.grad, "grads": grads, "mean": layer.bn.running_mean, "var": layer.bn.running_var}, f"{out}.{rank}"
+    )
     torch.distributed.destroy_process_group()
 
 
 def _sync_problem():
     torch.manual_seed(0)
     layer = simipu.PointLayer(3, 4, dims=2, eps=1e-3).double()
-    return layer, torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 4, (20,)), torch.randn(20, 4, dtype=torch.float64)
+    return (
+        layer,
+        torch.randn(20, 3, dtype=torch.float64),
+        torch.randint(0, 4, (20,)),
+        torch.randn(20, 4, dtype=torch.float64),
+    )
 
 
 def test_synchronised_point_layers_equal_one_process_on_all_rows(tmp_path):
