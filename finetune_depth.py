@@ -155,6 +155,8 @@ class Config:
     """Steps between lines of log.jsonl."""
     save_every: int = 500
     """Steps between checkpoints. The last step and a polite kill save too."""
+    keep_every: int = 0
+    """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
 
 
 PRESETS = {
@@ -199,6 +201,7 @@ FREE = {
     "compile",
     "log_every",
     "save_every",
+    "keep_every",
     "init",
 }
 FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
@@ -326,6 +329,7 @@ def one_cycle(step, steps):
 def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
+    runtime.check_range(c, "keep_every", 0, 1e30, "0 or more")
     runtime.check_range(
         c, "epochs log_every save_every frame_stride lr max_depth min_depth image_scale labels", 1e-30, 1e30, "above 0"
     )

@@ -191,6 +191,8 @@ class Config:
     """Steps between lines of log.jsonl."""
     save_every: int = 200
     """Steps between checkpoints. The last step and a polite kill save too."""
+    keep_every: int = 0
+    """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
 
 
 PRESETS = {
@@ -208,7 +210,7 @@ PRESETS = {
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
-FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 # -----------------------------------------------------------------------------
@@ -741,6 +743,7 @@ def load_frames(c, run):
 def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
+    runtime.check_range(c, "keep_every", 0, 1e30, "0 or more")
     above_0 = "places epochs log_every save_every frame_stride temperature eval_frames image_lr point_lr point_hidden image_hidden embed_dim"
     runtime.check_range(c, above_0, 1e-30, 1e30, "above 0")
     runtime.check_range(
@@ -770,7 +773,9 @@ def train(c):
     group, accumulate, a_step = check_config(c, run.world)
 
     # ============ networks and optimisers ============
-    model = SimIPU(c).to(run.device, memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
+    model = SimIPU(c).to(run.device)
+    if c.inter_weight:
+        model.img_backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
     notes = [weights.load_image_encoder(model.img_backbone, c.init, c.init_pixels)] if c.init else []
     notes += [weights.load_point_encoder(model.pts_backbone, c.init_points)] if c.init_points else []
     if run.device.type == "cuda" and run.world > 1:
@@ -791,6 +796,9 @@ def train(c):
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
+    if c.gather_negatives:
+        identity["processes"] = run.world
+        notes += ["note: --gather-negatives: with one process there are no others"] if run.world == 1 else []
     # on every rank: recalibrating batch norm talks to the others
     judgement = (lambda: eval_match.match(model, held_out, c, run.device)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "match", judgement)

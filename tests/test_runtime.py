@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import tyro
 from test_data_kitti import fails
 from test_loop import MINI, SMALL
@@ -93,3 +94,47 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(BadInput, match="^2 processes on this machine but 1 GPU: --nproc_per_node=1, or --device cpu$"):
         runtime.start_run()
+
+
+# -----------------------------------------------------------------------------
+# --gather-negatives: two processes on halves of a batch are one process on all of it
+
+
+def _gather_worker(rank, uneven, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=2)
+    x, y, weight = _gather_problem()
+    weight = torch.nn.Parameter(weight)
+    cut = 9 if uneven else 12
+    half = slice(0, cut) if rank == 0 else slice(cut, 24)
+    loss, stats = simipu.info_nce(x[half] @ weight, y[half] @ weight, 0.07, gather=True)
+    loss.backward()
+    torch.distributed.all_reduce(weight.grad)  # what DDP does: the mean over ranks
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    if rank == 0:
+        torch.save({"loss": total / 2, "grad": weight.grad / 2, "chance": stats["chance"]}, out)
+    torch.distributed.destroy_process_group()
+
+
+def _gather_problem():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 6, generator=g, dtype=torch.float64)
+    return (
+        x,
+        x + torch.randn(24, 6, generator=g, dtype=torch.float64),
+        torch.randn(6, 5, generator=g, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_gathered_negatives_equal_one_process_on_the_whole_batch(tmp_path, uneven):
+    out = tmp_path / "result.pt"
+    mp.spawn(_gather_worker, (uneven, out), nprocs=2)
+    result = torch.load(out)
+    x, y, weight = _gather_problem()
+    weight.requires_grad_()
+    loss, stats = simipu.info_nce(x @ weight, y @ weight, 0.07)
+    loss.backward()
+    torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result["grad"], weight.grad, rtol=1e-10, atol=1e-12)
+    assert result["chance"] == stats["chance"]
