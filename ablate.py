@@ -12,6 +12,11 @@ is picked. `random` is the untrained network.
 --gather-negatives needs several processes; groups of 8 ask the same question.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import os
 import re

@@ -28,6 +28,11 @@ second row has images that much larger. step --task depth: the same network in t
 where a GPU has it), channels first, an unfused AdamW, a loss that indexes by a mask.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import copy
 import functools

@@ -16,6 +16,11 @@ has for free, explains most of it, and a network trained on wrong pairs lifts it
 ones: so it is never shown without its baselines, and differences under .03 are noise.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import functools
 from pathlib import Path

@@ -20,6 +20,11 @@ logs of KITTI and NYU are the published rows: ResNet-50, the decoder of DenseDep
 (Eigen et al. 2014, weighted as in AdaBins), AdamW in one cycle.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import math
 from dataclasses import dataclass

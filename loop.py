@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from files import BadInput, disk_errors, read_checkpoint, remove_stale, save_atomically, writing
-from runtime import INTERRUPTED, NOBODY_READS, differences
+from runtime import INTERRUPTED, NOBODY_READS, blocked, differences
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a scheduler, Ctrl-C, a terminal that is gone
 IMPATIENT = 3  # seconds after a signal from when on another one kills: one that comes at once is the same one again
@@ -90,11 +90,8 @@ def loaded_ahead(load, batches, collate, workers, run):
         worker_init_fn=functools.partial(serve, os.getpid()),
     )
     others = set(multiprocessing.active_children())
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)  # new processes begin with these blocked: see `serve`
-    try:
+    with blocked(*ASKING):
         batches_of_loader = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     processes = set(multiprocessing.active_children()) - others
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise a death in the middle of a step
     first = True
@@ -164,7 +161,7 @@ def check_shared_memory(batch, workers, batches, free):
         fit = max(int(free / size - 1) // PREFETCH, 0)
         raise BadInput(
             f"--workers {workers}: {ahead} batches of {size / 1e6:.1f} MB are loaded ahead, and {SHARED} has "
-            f"{free / 1e6:.1f} MB free; --workers {fit} fits, or in Docker --shm-size={2 * ahead * size / 1e9:.1f}g"
+            f"{free / 1e6:.1f} MB free; --workers {fit} fits, or in Docker --shm-size={2 * ahead * size / 1e6:.0f}m"
         )
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -101,26 +102,37 @@ def somebody_reads():
     """Flush what was printed. -> False if the pipe that it went into is closed; what is printed later goes nowhere."""
     read = True
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
+        with contextlib.suppress(BrokenPipeError):
             stream.flush()
-        except BrokenPipeError:
+        if pipe_is_closed(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python says so at its exit
             read = False
     return read
 
 
+def pipe_is_closed(stream):
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # no file, as in a notebook
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def box_text(said):
     """The words in the first part of a box that tyro draws, and what it suggests in the others, on one line."""
-    lines = [line.strip("│") for line in said.splitlines() if line.startswith("│")]
+    drawn = "│" in said  # else, where the terminal has no such characters, a title, and rules between the parts
+    lines = [line.strip("│").rstrip() for line in said.splitlines() if line.startswith("│") or not drawn]
     parts = [[]]
     for line in lines:
-        if line.strip().startswith("───"):
+        if re.fullmatch(r"\s*[─-]{3,}", line):
             parts.append([])
         else:
-            parts[-1].append(line.rstrip())
-    first, *others = [" ".join(line.strip() for line in part) for part in parts]
-    words = [first or " ".join(said.split())]
-    words += [text for text in others if text.startswith("Available subcommands")]
+            parts[-1].append(line)
+    parts = parts if drawn or len(parts) == 1 else parts[1:]
+    first, *others = [" ".join(line.strip() for line in part).strip() for part in parts]
+    words = [first] + [text for text in others if text.startswith("Available subcommands")]
     flags = [re.match(r" {1,6}(--[\w-]+)", line) for part in parts[1:] for line in part]  # deeper lines are help
     similar = dict.fromkeys(flag[1] for flag in flags if flag and flag[1] not in sys.argv)
     words += [f"similar: {', '.join(similar)}"] if similar else []
@@ -277,7 +289,7 @@ def join_processes(rank, world, backend):
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         return dist.new_group(backend="gloo")
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
         raise BadInput(f"{where}: the {world} processes do not meet ({str(e).splitlines()[0]})") from None
     finally:
@@ -319,6 +331,25 @@ def gather_rows(x):
     dist.all_gather(counts, torch.tensor(len(x), device=x.device))
     counts = [int(n) for n in counts]
     return _GatherRows.apply(x, counts), counts
+
+
+@contextlib.contextmanager
+def blocked(*signals):
+    """These wait until the end. For starting processes, which then never hear of them.
+
+    Ctrl-C reaches all processes, and each would print a traceback; and Python loses one that comes while it forks.
+    """
+    caught = []  # in spite of the mask, if another thread gets it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in signals}
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in caught:
+            os.kill(os.getpid(), number)
 
 
 def ahead(function, items, threads=4):

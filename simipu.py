@@ -25,6 +25,11 @@ A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torc
 pairs.png.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

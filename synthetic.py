@@ -24,9 +24,13 @@ Other than in KITTI, the sweep covers the front 96 degrees only; a view's pitch 
 the principal point, so that boxes which turn about one axis (as KITTI's do) stay tight; roads are straight and flat.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -796,7 +800,9 @@ def write_dataset(root: str = "data/synthetic", frames: int = 80, seed: int = 0,
         context = get_context("fork" if hasattr(os, "fork") else None)
         pool = ProcessPoolExecutor(min(workers or os.cpu_count(), frames), context)
         try:
-            list(bar(pool.map(job, range(frames))))
+            with runtime.blocked(signal.SIGINT):
+                written = pool.map(job, range(frames))
+            list(bar(written))
         finally:
             pool.shutdown(cancel_futures=True)
         unfinished.chmod(0o755)  # a temporary folder is its owner's only

@@ -468,7 +468,7 @@ def test_a_broken_frame_ends_the_run_after_saving(tiny, capsys):
             64,
             "--workers 4: 17 batches of 7.2 MB are loaded ahead, and /dev/shm has 64.0 MB free; --workers 1 fits",
         ),
-        (4, 1000, 10, "; --workers 0 fits, or in Docker --shm-size=0.2g"),
+        (4, 1000, 10, "; --workers 0 fits, or in Docker --shm-size=245m"),
         (4, 1000, 123, ""),
         (4, 8, 64, ""),  # a short run
     ],
