@@ -174,6 +174,16 @@ def variants_of(options):
     return {v: VARIANTS[v] for v in options.only or VARIANTS}
 
 
+def without(flags, others):
+    """A command's flags, less those that others give, too."""
+    kept, keep = [], True
+    for word in flags:
+        if word.startswith("--"):
+            keep = word.partition("=")[0].replace("_", "-") not in others
+        kept += [word] if keep else []
+    return kept
+
+
 def main():
     def parse_both():
         options, flags = tyro.cli(Options, return_unknown_args=True)
@@ -203,7 +213,7 @@ def ablate(options, flags, base):
         variant, seed = job
         folder = Path(base.out, options.name, re.sub(r"[^\w.]+", "_", variant), str(seed))
         own = shlex.split(variants[variant].replace("{seed}", str(seed)))
-        arguments = [*flags, *own, "--seed", str(seed), "--name", str(folder.relative_to(base.out))]
+        arguments = [*without(flags, own), *own, "--seed", str(seed), "--name", str(folder.relative_to(base.out))]
         steps = (
             base.max_steps * base.batch_size // task.parse(options.preset, arguments).batch_size
         )  # other batches see as many frames

@@ -127,6 +127,13 @@ def test_a_list_given_twice_is_refused(run_here, tmp_path, script, arguments, fl
     assert not list(tmp_path.iterdir())
 
 
+def test_a_variant_of_an_ablation_takes_the_place_of_a_flag():
+    """R7: the command of a run of its gives no list twice."""
+    flags = ["--crop", "0.8", "1", "--places", "32", "--shift=0", "1", "--image_scale", "-5", "2"]
+    assert ablate.without(flags, ["--crop", "0.5", "1"]) == flags[3:]
+    assert ablate.without(flags, ["--shift", "0", "--image-scale", "1"]) == flags[:5]
+
+
 def test_every_flag_of_several_values_is_known_as_a_list():
     """R7: of configs, and of functions that are commands."""
     for script in (simipu, finetune_depth):
