@@ -29,7 +29,7 @@ from files import BadInput, disk_errors, read_checkpoint, remove_stale, save_ato
 from runtime import INTERRUPTED, NOBODY_READS, blocked, differences
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a scheduler, Ctrl-C, a terminal that is gone
-IMPATIENT = 3  # seconds after a signal from when on another one kills: one that comes at once is the same one again
+IMPATIENT = 3  # seconds after a signal from when on Ctrl-C kills
 
 PREFETCH = 4  # batches that each loading process works ahead
 LOOK = 5  # seconds without a batch after which the loading processes are looked at
@@ -155,7 +155,7 @@ def check_shared_memory(batch, workers, batches, free):
 
     free: bytes of shared memory before anything was loaded; all processes of a machine share them.
     """
-    size = sum(tensor.nbytes for tensor in batch.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size = sum(tensor.nbytes for tensor in tensors_in(batch)) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ahead = min(PREFETCH * workers + 1, batches)
     if ahead * size > free:
         fit = max(int(free / size - 1) // PREFETCH, 0)
@@ -165,6 +165,15 @@ def check_shared_memory(batch, workers, batches, free):
         )
 
 
+def tensors_in(batch):
+    """All tensors of nested dicts and lists."""
+    if torch.is_tensor(batch):
+        return [batch]
+    parts = batch.values() if isinstance(batch, dict) else batch
+    nested = isinstance(batch, (dict, list, tuple))
+    return [tensor for part in parts for tensor in tensors_in(part)] if nested else []
+
+
 def hand_over(collate, samples):
     """For loading processes: collate, into shared memory. -> the words of the error if that is full.
 
@@ -172,7 +181,7 @@ def hand_over(collate, samples):
     """
     batch = collate(samples)
     try:
-        for tensor in batch.values() if isinstance(batch, dict) else ():
+        for tensor in tensors_in(batch):
             tensor.share_memory_()
     except (OSError, RuntimeError) as e:
         return str(e).splitlines()[0]
@@ -575,11 +584,11 @@ class Loop:
                 signal.signal(number, handler)
 
     def asked(self, number, _):
-        """One that comes seconds later kills. One that comes at once is the same one again: a scheduler signals every
-        process, and torchrun passes it on to its own.
+        """Ctrl-C again, seconds later, kills: somebody is impatient. At once it is the same one again, for torchrun
+        passes it on to its own. Schedulers repeat SIGTERM before they kill, and a step may take longer than that.
         """
         now, before = time.monotonic(), self.run.asked_to_stop
-        if before and now > before[0] + IMPATIENT:
+        if number == signal.SIGINT and before and now > before[0] + IMPATIENT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if not before and number == signal.SIGINT:

@@ -155,6 +155,21 @@ def test_asked_to_stop_it_saves_and_leaves(tiny, capsys, number, status):
     assert losses() == losses(whole.folder) and checkpoint() == checkpoint(whole.folder / "last.pt")
 
 
+def test_asked_again(tiny, monkeypatch):
+    """A scheduler's second SIGTERM does not keep a long step from being saved; a second Ctrl-C kills."""
+    monkeypatch.setattr(loop, "IMPATIENT", -1)
+    numbers = []
+    again = at(2, lambda: [send(number) for number in numbers])
+    numbers += [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP]
+    assert not ending(tiny, 6, after=again) and checkpoint()[0] == 3
+    numbers += [signal.SIGINT]
+    pid = os.fork()
+    if not pid:
+        tiny(6, after=again, name="killed")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGINT and not os.path.exists("out/killed/last.pt")
+
+
 def test_a_terminal_that_closes_is_nothing_to_nohup(tiny):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert not tiny(4, after=at(2, lambda: send(signal.SIGHUP))).stopping
@@ -475,7 +490,8 @@ def test_a_broken_frame_ends_the_run_after_saving(tiny, capsys):
 )
 def test_shared_memory_is_compared_with_what_is_loaded_ahead(monkeypatch, workers, batches, megabytes, says):
     """R1: before anything is written, and for all processes of a machine together."""
-    batch = {"image": torch.empty(7_200_000 - 8, dtype=torch.uint8), "index": torch.zeros(1, dtype=torch.long)}
+    boxes = [torch.zeros(2), (torch.zeros(3), "a name")]  # of different lengths, as lists
+    batch = {"image": torch.empty(7_200_000 - 28, dtype=torch.uint8), "index": torch.zeros(1).long(), "boxes": boxes}
     if not says:
         loop.check_shared_memory(batch, workers, batches, megabytes * 1e6)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
