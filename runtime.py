@@ -134,7 +134,7 @@ def box_text(said):
     first, *others = [" ".join(line.strip() for line in part).strip() for part in parts]
     words = [first] + [text for text in others if text.startswith("Available subcommands")]
     flags = [re.match(r" {1,6}(--[\w-]+)", line) for part in parts[1:] for line in part]  # deeper lines are help
-    similar = dict.fromkeys(flag[1] for flag in flags if flag and flag[1] not in sys.argv)
+    similar = sorted({flag[1] for flag in flags if flag and flag[1] not in sys.argv})
     words += [f"similar: {', '.join(similar)}"] if similar else []
     return "; ".join(words)
 

@@ -98,7 +98,7 @@ def test_help_lists_every_flag(run_script):
     "arguments, says",
     [
         (["kitti", "--data-rot", "x"], "Unrecognized options: --data-rot, x; similar: --data-root"),
-        (["kitti", "--evl-splits", "--seeed", "4"], "; similar: --eval-splits, --splits, --seed"),
+        (["kitti", "--evl-splits", "--seeed", "4"], "; similar: --eval-splits, --seed, --splits"),
         (["kitty", "--data-root", "x"], "; Available subcommands: demo, kitti, kitti_raw"),
     ],
 )
