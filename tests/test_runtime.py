@@ -181,8 +181,7 @@ def test_ctrl_c_is_status_130_without_a_word(monkeypatch, capsys):
 
 
 def scripts():
-    found = [path for path in sorted(REPO.glob("*.py")) if "__main__" in path.read_text()]
-    return [path for path in found if path.name != "kernels.py"]  # which is about to become a command of bench.py
+    return [path for path in sorted(REPO.glob("*.py")) if "__main__" in path.read_text()]
 
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda path: path.name)
