@@ -98,16 +98,25 @@ def lidar_rows(points):
 
 
 def find_frames(roots, splits, skip_missing=False):
-    """Frames that have labels. Raises BadInput as data_kitti.find_frames does, and for a frame without its label, or
-    with a line in it that is none: before a run begins, not in its middle."""
-    frames = [f for root in roots for f in data_kitti.find_frames(root, splits, skip_missing=skip_missing)]
+    """Frames that have labels, as `pool_frames` finds them."""
+    return pool_frames(roots, splits, skip_missing)[0]
+
+
+def pool_frames(roots, splits, skip_missing=False, flag="--splits"):
+    """Frames of several roots that have labels -> frames, notes to print. flag: what the splits were given with.
+
+    Raises BadInput as data_kitti.pool_frames does, and for a root of another layout, a frame without its label, and a
+    line in one that is none: before a run begins, not in its middle.
+    """
+    for root in roots:
+        if Path(root).is_dir() and not data_kitti.is_object_layout(root):
+            raise BadInput(f"{root}: no training/ in it; labels are in KITTI's object layout alone")
+    frames, notes = data_kitti.pool_frames(roots, splits, skip_missing=skip_missing, flag=flag)
     for f in frames:
-        if f.label is None:
-            raise BadInput(f"{f.image}: of a raw drive, which has no labels; detection wants KITTI's object layout")
         if not f.label.is_file():
             raise BadInput(f"{f.label}: missing; it holds the boxes of frame {f.name}")
         data_kitti.read_labels(f.label)
-    return frames
+    return frames, notes
 
 
 def inventory(frames):

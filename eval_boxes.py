@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -388,12 +389,13 @@ def as_results(frame, size, boxes, scores, classes):
     """Detections in a frame as KITTI's result files have them. size: width, height of the image. -> types, numbers (n,
     15).
 
-    The rectangle is that of the projected box, cut to the image; what does not reach into it is left out. Truncation
-    and occlusion are not told (-1).
+    The rectangle is that of the projected box, cut to the image; what does not reach into it, or has its centre behind
+    the camera, is left out. Truncation and occlusion are not told (-1).
     """
     rects = data_det3d.projected_rect(boxes, frame.lidar2img())
     rects = rects.clip(0, np.tile(np.array(size) - 1, 2))
-    seen = (rects[:, 2:] > rects[:, :2]).all(1)
+    _, depth = data.project(boxes, frame.lidar2img())
+    seen = (rects[:, 2:] > rects[:, :2]).all(1) & (depth > 0)
     boxes, rects, scores, classes = boxes[seen], rects[seen], scores[seen], classes[seen]
     _, velo2cam = data_kitti.split_projection(frame)
     labels = ops_boxes.box_to_label(boxes, velo2cam)  # h, w, l, x, y, z, ry
@@ -405,8 +407,9 @@ def as_results(frame, size, boxes, scores, classes):
 
 
 def image_size(frame):
-    """Width, height."""
-    return frame.read_image().shape[1::-1]
+    """Width, height. Only the file's head is read."""
+    with Image.open(frame.image) as image:
+        return image.size
 
 
 def judge(model, frames, c, run):

@@ -109,9 +109,8 @@ class Config:
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     load: str = ""
-    """Weights of the whole detector to start from, instead of --init: a last.pt of this script, or a checkpoint of
-    mmdetection3d's. Train on from that one, for its anchors lie up to .4 m off: they are spread evenly over the range,
-    borders included, where ours sit on their cells."""
+    """Weights of the whole detector to start from, instead of --init: a last.pt of this script, or mmdetection3d's.
+    Train on from those: their anchors, spread evenly over the range, lie up to .4 m from ours, which sit on cells."""
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
     freeze: bool = True
@@ -199,8 +198,7 @@ ANCHORS = {
 }
 YAWS = (-math.pi / 2, -math.pi)  # of anchors; mmdetection3d's 0 and pi / 2, whose yaw is -pi / 2 - ours
 DIRECTION = math.pi / 2  # headings from here on for half a turn are bin 0: no road runs across, where the bins meet
-GAMMA, ALPHA = 2.0, 0.25  # of the focal loss
-BETA = 1 / 9  # of the smooth L1 loss
+GAMMA, ALPHA, BETA = 2.0, 0.25, 1 / 9  # of the focal loss, and of smooth L1
 BOX_WEIGHT, DIRECTION_WEIGHT = 2.0, 0.2
 MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.1, 100, 0.01, 50  # of a prediction (release)
 
@@ -639,17 +637,19 @@ def check_config(c, world):
 
 
 def load_frames(c, run):
-    """-> frames to train on, frames held out, a note to print or None. Raises BadInput as data_det3d.find_frames."""
+    """-> frames to train on, frames held out, notes to print. Raises BadInput as data_det3d.pool_frames."""
     synthetic.write_scenes(c, run)
-    train = data_det3d.find_frames(c.data_root, c.splits, c.skip_missing)
-    held_out = []
+    train, notes = data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing)
+    held_out, flag = [], "--eval-splits"
     if c.eval_splits or c.eval_root:
-        held_out = data_det3d.find_frames(c.eval_root or c.data_root, c.eval_splits, c.skip_missing)
+        held_out, more = data_det3d.pool_frames(c.eval_root or c.data_root, c.eval_splits, c.skip_missing, flag)
         held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
-    flag = f"--eval-splits {' '.join(c.eval_splits)}"
+        notes += more
+    flag = " ".join([flag, *c.eval_splits])
     data.check_unseen(train, held_out, flag)
+    shared = data.shared_drives(train, held_out, flag)
     train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
-    return train, held_out, data.shared_drives(train, held_out, flag)
+    return train, held_out, notes + ([shared] if shared else [])
 
 
 def load_detector(model, path, pixels):
@@ -686,8 +686,8 @@ def train(c):
     optimizers = build_optimizers(model, c)
 
     # ============ data ============
-    frames, held_out, note = load_frames(c, run)
-    notes += [note] if note else []
+    frames, held_out, more = load_frames(c, run)
+    notes += more
     if len(frames) < c.batch_size:
         raise BadInput(f"--batch-size {c.batch_size}: the {len(frames)} frames found are too few")
     inventory = data.inventory(frames)

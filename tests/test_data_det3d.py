@@ -410,14 +410,16 @@ def test_fewer_points_are_drawn_from_those_there(frames):
 
 
 def test_labels_that_cannot_be_used(scenes, raw_drive, tmp_path):
-    with pytest.raises(BadInput, match=r"\.png: of a raw drive, which has no labels; detection wants KITTI's object"):
-        data_det3d.find_frames([raw_drive], ["train"])
+    words = rf"{raw_drive}: no training/ in it; labels are in KITTI's object layout alone$"
+    for splits in ((), ["train"]):
+        with pytest.raises(BadInput, match=words):
+            data_det3d.find_frames([raw_drive], splits)
     root = tmp_path / "scenes"
     shutil.copytree(scenes, root)
     labels = root / "training" / "label_2"
     shutil.copy(labels / "000000.txt", labels / "000099.txt")  # of no frame: nobody asks
-    frames = data_det3d.find_frames([root], ["train"])
-    assert len(frames) == 6
+    frames, notes = data_det3d.pool_frames([root, root], ["train"])
+    assert len(frames) == 6 and len(notes) == 1  # once
 
     text = frames[1].label.read_text()
     for line in ("Car 0.00 0 1.0 1.0", text.splitlines()[0].replace("0.00", "zero", 1), "Car" + 14 * " nan"):

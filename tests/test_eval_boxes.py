@@ -3,10 +3,12 @@
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import data_kitti
 import eval_boxes
 from eval_boxes import BadInput
 
@@ -442,3 +444,46 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "000002.txt").write_text(f"\n{LINE}\r\n\n")
     types, numbers = eval_boxes.read_results(tmp_path / "000002.txt")
     assert types.tolist() == ["Car"] and numbers[0, -1] == 0.9
+
+
+# -----------------------------------------------------------------------------
+# a detector's figures
+
+
+def test_the_size_that_images_are_judged_at():
+    """The release judges at 1280 x 384, the geometric middle of the range that it trains in."""
+    for sizes, wanted in (((640, 192, 2560, 768), (1280, 384)), ((320, 96), (320, 96))):
+        assert eval_boxes.judging_box(SimpleNamespace(image_scale=sizes)) == wanted
+
+
+def test_detections_as_result_files_have_them(tmp_path):
+    """A camera that looks along x from half a metre behind the sensor, 100 pixels of focal length: a car ahead, one cut
+    by the image's left border, one outside it, and two behind.
+    """
+    calib = tmp_path / "000000.txt"
+    p2 = "100 0 50 0 0 100 20 0 0 0 1 0"
+    r0, tr = "1 0 0 0 1 0 0 0 1", "0 -1 0 0 0 0 -1 0.1 1 0 0 0.5"
+    calib.write_text(f"P2: {p2}\nR0_rect: {r0}\nTr_velo_to_cam: {tr}\n")
+    frame = data_kitti.ObjectFrame("training/000000", Path("a.png"), Path("a.bin"), (calib,), data_kitti.RIG)
+    ahead = [9.5, 0.0, -0.9, 4.0, 2.0, 1.5, 0.0]
+    left = [9.5, 5.0, -0.9, 2.0, 2.0, 1.5, math.pi / 2]
+    out = [9.5, 9.0, -0.9, 2.0, 2.0, 1.5, 0.0]
+    behind = [-3.0, 0.0, -0.9, 4.0, 2.0, 1.5, 0.0]
+    close = [-0.7, 0.0, -0.9, 4.0, 2.0, 1.5, 0.0]  # its front is before the camera
+    boxes, scores = np.array([out, ahead, behind, left, close]), np.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    types, numbers = eval_boxes.as_results(frame, (101, 41), boxes, scores, np.array([2, 2, 2, 1, 2]))
+    assert types.tolist() == ["Car", "Cyclist"]
+    np.testing.assert_array_equal(numbers[:, :2], -1)
+    np.testing.assert_array_equal(numbers[:, 14], [0.8, 0.6])
+    # depth 8 to 12, 1 m to either side; 1.65 m below the LiDAR at the bottom, which is .1 m below the camera's
+    rect = [50 - 100 / 8, 20 + 100 * 0.25 / 12, 50 + 100 / 8, 40]
+    np.testing.assert_allclose(numbers[0, 3:7], rect, atol=1e-9)
+    np.testing.assert_allclose(numbers[0, 7:14], [1.5, 2, 4, 0, 1.75, 10, -math.pi / 2], atol=1e-9)
+    assert numbers[0, 2] == pytest.approx(-math.pi / 2)  # straight ahead: as it stands
+    # 45 degrees' worth of pixels to the left: cut at the border
+    np.testing.assert_allclose(numbers[1, [3, 5]], [0, 50 - 100 * 4 / 11], atol=1e-9)
+    np.testing.assert_allclose(numbers[1, 10:14], [-5, 1.75, 10, -math.pi], atol=1e-9)
+    assert numbers[1, 2] == pytest.approx(math.atan2(5, 10) - math.pi)
+
+    empty = eval_boxes.as_results(frame, (101, 41), np.zeros((0, 7)), np.zeros(0), np.zeros(0, int))
+    assert empty[0].shape == (0,) and empty[1].shape == (0, 15)
