@@ -546,8 +546,7 @@ def evaluate(predictions, truths):
     all that is there is missed, or is wrong.
     """
     truths = truths[(truths.points > 0) & (truths.type > 0)]
-    level = np.where(truths.level > 0, truths.level, np.where(truths.points <= FEW, 2, 1))
-    truths = dataclasses.replace(truths, level=level)
+    truths = dataclasses.replace(truths, level=difficulty(truths))
     predictions = predictions[predictions.type > 0]
     numbers = {}
     frame, truth_frame = (
@@ -570,6 +569,11 @@ def evaluate(predictions, truths):
         mean = {key: float(np.mean([row[key] for row in rows])) for key in ("mAP", "mAPH")}
         found["ALL_NS"][level] = mean | {"n": sum(row["n"] for row in rows)}
     return found
+
+
+def difficulty(labels):
+    """1 or 2 of each label: as annotated, or 2 where at most FEW points are in it."""
+    return np.where(labels.level > 0, labels.level, np.where(labels.points <= FEW, 2, 1))
 
 
 def check_frames(predictions, truths, path):
