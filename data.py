@@ -145,8 +145,10 @@ def read_image(path):
         raise BadInput(f"{path}: not a readable image ({e})") from None
 
 
-def read_cloud(path, columns=4):
-    """float32 (N, 4): x, y, z in metres, reflectance. columns: float32 numbers of a point in the file."""
+def read_cloud(path, columns=4, full_scale=1.0):
+    """float32 (N, 4): x, y, z in metres, reflectance. columns: float32 numbers of a point in the file. full_scale: what
+    the file has for a reflectance of 1.
+    """
     try:
         numbers = np.fromfile(path, np.float32)
     except OSError as e:
@@ -157,6 +159,7 @@ def read_cloud(path, columns=4):
     bad = (~np.isfinite(points)).any(1).sum()
     if bad:
         raise BadInput(f"{path}: {bad} of {len(points)} points are NaN or infinite")
+    points[:, 3] /= full_scale
     return points
 
 
@@ -271,12 +274,15 @@ class Batches:
     one forward pass holds, and what the losses take their negatives from. Group g of a step goes to rank g % world as
     its (g // world)-th micro-batch, so the groups are the same on one GPU as on eight. An incomplete last batch is
     dropped.
+
+    sweeps (num_frames,): numbers of `sweeps_of`. No group holds two frames of one sweep then: their places would be one
+    another's negatives. Raises BadInput, on the first batch, where there are too few sweeps for that.
     """
 
-    def __init__(self, num_frames, batch_size, group, seed, rank=0, world=1, start=0, steps=0):
+    def __init__(self, num_frames, batch_size, group, seed, rank=0, world=1, start=0, steps=0, sweeps=None):
         self.steps_per_epoch = num_frames // batch_size
         self.num_frames, self.batch_size, self.group, self.seed = num_frames, batch_size, group, seed
-        self.rank, self.world, self.start, self.steps = rank, world, start, steps
+        self.rank, self.world, self.start, self.steps, self.sweeps = rank, world, start, steps, sweeps
 
     def __len__(self):
         return (self.steps - self.start) * self.batch_size // (self.group * self.world)
@@ -286,9 +292,50 @@ class Batches:
             epoch, position = divmod(step, self.steps_per_epoch)
             if position == 0 or step == self.start:
                 order = np.random.default_rng([ORDER, self.seed, epoch]).permutation(self.num_frames)
+                if self.sweeps is not None:
+                    part_sweeps(order, self.sweeps, self.group, self.steps_per_epoch * self.batch_size)
             batch = order[position * self.batch_size :][: self.batch_size].reshape(-1, self.world, self.group)
             for micro in batch[:, self.rank]:
                 yield [(epoch, int(i)) for i in micro]
+
+
+def sweeps_of(frames):
+    """A number (n,) for each frame, equal for those of one cloud."""
+    return np.unique([str(f.cloud) for f in frames], return_inverse=True)[1]
+
+
+def part_sweeps(order, sweeps, group, used):
+    """Swap frames of an order, in place, until none of its groups has two of one sweep. An order that has no such group
+    stays as it is.
+
+    order (n,) frames, of which the first `used` are cut into groups; sweeps (n,) of the frames. A frame that is one too
+    many goes to the next group, around the end, that lacks its sweep, and a frame whose sweep the first group lacks
+    comes for it. While there are groups at fault, one of them can do that if any order is without fault. Raises
+    BadInput if not.
+    """
+    place_group = np.arange(len(order)) // group
+    while True:
+        grid = sweeps[order[:used]].reshape(-1, group)
+        at_fault = (np.diff(np.sort(grid, 1), axis=1) == 0).any(1)
+        if not at_fault.any():
+            return
+        swapped = False
+        for g in np.flatnonzero(at_fault):
+            own = sweeps[order[g * group :][:group]]
+            extra = np.setdiff1d(np.arange(group), np.unique(own, return_index=True)[1])
+            for place in g * group + extra:
+                now = sweeps[order]
+                own = now[g * group :][:group]
+                has = np.zeros(place_group[-1] + 1, bool)
+                has[place_group[:used][now[:used] == now[place]]] = True
+                free = np.flatnonzero(~has[place_group] & ~np.isin(now, own))
+                if len(free):
+                    other = free[np.searchsorted(free, place) % len(free)]
+                    order[[place, other]] = order[[other, place]]
+                    swapped = True
+        if not swapped:
+            few = f"{len(np.unique(sweeps))} sweeps are too few for groups without two frames of one"
+            raise BadInput(f"--group {group}: {few}; --same-sweep allows them")
 
 
 class PretrainFrames(torch.utils.data.Dataset):

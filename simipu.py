@@ -20,6 +20,11 @@ KITTI raw drives, one or many:
 
     torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
 
+nuScenes, six cameras, and its ten scenes of v1.0-mini:
+
+    torchrun --standalone simipu.py nuscenes --data-root data/nuscenes
+    torchrun --standalone simipu.py nuscenes --data-root data/nuscenes --splits mini_train --eval-splits mini_val
+
 Resume: the same command again. It goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag:
 `python simipu.py kitti --help`.
 
@@ -44,6 +49,7 @@ from torch import nn
 
 import data
 import data_kitti
+import data_nuscenes
 import encoders
 import eval_match
 import ops_triton as ops
@@ -61,12 +67,18 @@ class Config:
     """Everything a run depends on. Defaults are the paper's; where it is silent, the official release's."""
 
     # ---- data ----
+    dataset: Literal["kitti", "nuscenes"] = "kitti"
+    """Whose layout data_root is in: KITTI's, object or raw, or nuScenes'."""
     data_root: tuple[str, ...] = ("data/kitti",)
-    """Folder in KITTI's object or raw layout; several folders are pooled."""
+    """Folder in that layout; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Of the object layout: names of files in ImageSets/. The paper pre-trains on train and test, and keeps val
-    unseen.
+    unseen. Of nuScenes: train, val, test, mini_train, mini_val.
     """
+    cameras: tuple[str, ...] = data_nuscenes.CAMERAS
+    """Of nuScenes: which cameras. Each makes a frame of every sweep."""
+    version: str = "auto"
+    """Of nuScenes: the folder of tables, such as v1.0-mini. auto: the one that a split is of."""
     eval_splits: tuple[str, ...] = ()
     """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than
     another frame's? () for none.
@@ -160,6 +172,8 @@ class Config:
     candidates in the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated; a batch_size
     of less than this for each GPU makes groups smaller, and says so.
     """
+    same_sweep: bool = False
+    """Let a forward pass hold frames of one sweep, which cameras side by side both see."""
     epochs: int = 100
     """Paper: 50 to 100."""
     max_steps: int = 0
@@ -214,11 +228,20 @@ PRESETS = {
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config(eval_splits=("val",), eval_every=1000)),
     "kitti_raw": ("KITTI raw drives.", Config(data_root=("data/kitti_raw",), frame_stride=10, name="kitti_raw")),
+    "nuscenes": (
+        "nuScenes keyframes. A camera sees some 2500 points of its sweep: half as many places, twice as many clouds.",
+        Config(
+            name="nuscenes", dataset="nuscenes", data_root=("data/nuscenes",), splits=("train",), eval_splits=("val",),
+            num_points=2048, image_scale=(512, 288, 1600, 900), places=512, group=8,
+            epochs=10, lr_decay=0.95, eval_every=1000,
+        ),
+    ),
 }  # fmt: skip
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
 FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
 # -----------------------------------------------------------------------------
@@ -482,6 +505,8 @@ def build_optimizers(model, c):
 
 
 def find_frames(c, roots, splits):
+    if c.dataset == "nuscenes":
+        return data_nuscenes.find_frames(roots, splits, c.cameras, c.version, c.frame_stride, c.skip_missing)
     return [f for root in roots for f in data_kitti.find_frames(root, splits, c.frame_stride, c.skip_missing)]
 
 
@@ -491,6 +516,10 @@ def load_frames(c, run):
     Raises BadInput as find_frames does, for held-out frames that are trained on, and for fewer than two.
     """
     synthetic.write_scenes(c, run)
+    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
+        if run.main:
+            find_frames(c, c.data_root, c.splits)
+        run.any(False)
     frames = find_frames(c, c.data_root, c.splits)
     if not (c.eval_splits or c.eval_root):
         return frames, [], None
@@ -558,7 +587,8 @@ def train(c):
     # on every rank: recalibrating batch norm talks to the others
     judgement = (lambda: eval_match.match(model, held_out, c, run.device)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "match", judgement)
-    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
+    sweeps = None if c.same_sweep else data.sweeps_of(frames)
+    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps, sweeps)
     loaded = stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
 
     def next_batch(step):
