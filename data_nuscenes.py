@@ -464,7 +464,7 @@ def _places(wanted, tokens, path, what, of):
     return place
 
 
-def _rotations(quaternions):
+def rotations(quaternions):
     """(n, 4) w, x, y, z of any length -> (n, 3, 3)."""
     q = quaternions.reshape(-1, 4)
     w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
@@ -479,7 +479,7 @@ def _rotations(quaternions):
 def _poses(t):
     """Rows with a rotation and a translation -> (n, 4, 4)."""
     out = np.zeros((len(t.rotation), 4, 4))
-    out[:, :3, :3] = _rotations(t.rotation)
+    out[:, :3, :3] = rotations(t.rotation)
     out[:, :3, 3] = t.translation.reshape(-1, 3)
     out[:, 3, 3] = 1
     return out
@@ -621,7 +621,7 @@ def _read_labels(folder, frames):
 
 def headings(rotation):
     """Yaw (n,) of quaternions (n, 4): where the x axis points, seen from above."""
-    ahead = _rotations(rotation)[:, :2, 0]
+    ahead = rotations(rotation)[:, :2, 0]
     return np.arctan2(ahead[:, 1], ahead[:, 0])
 
 
