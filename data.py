@@ -301,7 +301,8 @@ class Batches:
 
 def sweeps_of(frames):
     """A number (n,) for each frame, equal for those of one cloud."""
-    return np.unique([str(f.cloud) for f in frames], return_inverse=True)[1]
+    numbers = {}
+    return np.array([numbers.setdefault(str(f.cloud), len(numbers)) for f in frames])
 
 
 def part_sweeps(order, sweeps, group, used):

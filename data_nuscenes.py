@@ -192,10 +192,11 @@ class Frames(collections.abc.Sequence):
             return Frames(self.tables, self.cells[i])
         which, row, column = self.cells[i].tolist()
         tables = self.tables[which]
-        cloud, image = (tables.root / tables.frames.files[row, k].decode() for k in (0, 1 + column))
-        calib = (tables.folder / "calibrated_sensor.json",)
+        cloud, image = (f"{tables.root}/{tables.frames.files[row, k].decode()}" for k in (0, 1 + column))
+        name = image.rpartition("/")[2].rpartition(".")[0]
         drive = tables.frames.log[tables.frames.scene_of[row]].decode()
-        return Frame(image.stem, image, cloud, calib, RIG, drive, tables=tables, row=row, column=column)
+        place = {"tables": tables, "row": row, "column": column}
+        return Frame(name, Path(image), Path(cloud), tables.calib, RIG, drive, **place)
 
 
 def find_frames(
@@ -237,9 +238,10 @@ def _on_disk(tables, cells, skip_missing):
     """
     files = tables.frames.files
     pairs = np.stack([files[cells[:, 0], 0], files[cells[:, 0], 1 + cells[:, 1]]], 1)  # (n, 2)
-    folders = {os.path.dirname(name) for name in np.unique(pairs)}
-    there = [os.path.join(folder, name) for folder in folders for name in _listing(tables.root, folder)]
-    found = np.isin(pairs, np.array(there, "S"))
+    names = pairs.ravel().tolist()
+    folders = {name.rpartition(b"/")[0] for name in names}
+    there = {b"%s/%s" % (folder, name) for folder in folders for name in _listing(tables.root, folder)}
+    found = np.array([name in there for name in names], bool).reshape(-1, 2)
     lacking = np.argwhere(~found)
     if len(lacking) and not skip_missing:
         i, k = lacking[0]
@@ -315,6 +317,7 @@ class Tables:
 
     def __init__(self, root, version):
         self.root, self.version, self.folder = Path(root), version, Path(root) / version
+        self.calib = (self.folder / "calibrated_sensor.json",)
 
     @functools.cached_property
     def frames(self):
