@@ -1,15 +1,18 @@
 """What matters: one flag changed at a time, several seeds each, judged on frames of drives never trained on.
 
-    python ablate.py --seeds 0 1 2 --jobs 2                                        # on the demo's built-in scenes
+    python ablate.py --seeds 0 1 2 --jobs 2                                     # on the demo's built-in scenes
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
-    python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25  # what is the initialisation worth, downstream?
+    python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25     # of what use is the start?
+    python ablate.py --task det3d --inits no-image none out/demo/backbone.pt --labels 1 # the same for detection
 
-Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth. Every
-run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in out/NAME/VARIANT/SEED, and is left alone if
-it has been finished before with the same flags; so a table that was interrupted goes on where it stopped. The table, in
-Markdown: mean over seeds, and their range, of the last step's figures (eval.py says what they are); no run and no step
-is picked. `random` is the untrained network.
---gather-negatives needs several processes; groups of 8 ask the same question.
+Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth,
+finetune_det3d.py for det3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in
+out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a table that was
+interrupted goes on where it stopped.
+
+The table, in Markdown, has the mean over seeds, and their range, of the last step's figures (eval.py says what they
+are). No run and no step is picked. `random` is the untrained network. --gather-negatives needs several processes;
+groups of 8 ask the same question.
 """
 
 import dataclasses
@@ -18,7 +21,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -28,6 +33,7 @@ from tqdm import tqdm
 
 import eval_match
 import finetune_depth
+import finetune_det3d
 import runtime
 import simipu
 from files import BadInput, read_log
@@ -37,7 +43,9 @@ VARIANTS = {
     "wrong pairs": "--pairs wrong",
     "without intra": "--intra-weight 0",
     "without inter": "--inter-weight 0",
-    "greedy matching": "--matching greedy",
+    "greedy, nearest first": "--matching greedy",
+    "greedy, row by row": "--matching rowwise",
+    "no twins": "--drop-twins",
     "relative positions": "--use-xyz",
     "release's losses": "--detach-keys --inter-query image",
     "SGD": "--image-optimizer sgd --image-lr 0.03",
@@ -50,17 +58,16 @@ VARIANTS = {
 }
 
 
-@dataclasses.dataclass
+@dataclass
 class Task:
-    """What is run, and which figures of its judgement (the key in log.jsonl) make the table: {title: (name of a figure,
-    factor, decimals)}.
-    """
+    """What is run, and which figures of its judgement make the table."""
 
     script: ModuleType
-    key: str
-    columns: dict
+    key: str  # of the judgement, in a line of log.jsonl
+    columns: dict  # {title: (name of a figure, factor, decimals)}
 
     def parse(self, preset, arguments):
+        """-> the script's Config."""
         return tyro.extras.overridable_config_cli(self.script.PRESETS, args=[preset, *arguments])
 
 
@@ -69,8 +76,12 @@ TASKS = {
         simipu,
         "match",
         {
-            "rank, right image, %": ("right_rank", 1, 1), "rank, another's, %": ("wrong_rank", 1, 1), "gap, points": ("gap", 1, 1),
-            "top1, %": ("right_top1", 100, 1), "excess": ("right_excess", 1, 1), "rank, other view, %": ("intra_rank", 1, 1),
+            "rank, right image, %": ("right_rank", 1, 1),
+            "rank, another's, %": ("wrong_rank", 1, 1),
+            "gap, points": ("gap", 1, 1),
+            "top1, %": ("right_top1", 100, 1),
+            "excess": ("right_excess", 1, 1),
+            "rank, other view, %": ("intra_rank", 1, 1),
             "other view's top1, %": ("intra_top1", 100, 1),
         },
     ),
@@ -78,63 +89,37 @@ TASKS = {
         finetune_depth,
         "depth",
         {
-            "abs_rel, %": ("eigen.abs_rel", 100, 1), "a1, %": ("eigen.a1", 100, 1), "rmse, m": ("eigen.rmse", 1, 2), "silog": ("eigen.silog", 1, 1),
+            "abs_rel, %": ("eigen.abs_rel", 100, 1),
+            "a1, %": ("eigen.a1", 100, 1),
+            "rmse, m": ("eigen.rmse", 1, 2),
+            "silog": ("eigen.silog", 1, 1),
             "log10, %": ("eigen.log10", 100, 1),
         },
     ),
-}  # fmt: skip
+    "det3d": Task(
+        finetune_det3d,
+        "det3d",
+        {  # all moderate; loose: an overlap of .5 for cars, .25 for people
+            "Car 3D": ("Car.3d.AP40.1", 1, 1),
+            "Car 3D, loose": ("Car.3d loose.AP40.1", 1, 1),
+            "Pedestrian 3D, loose": ("Pedestrian.3d loose.AP40.1", 1, 1),
+            "Cyclist 3D, loose": ("Cyclist.3d loose.AP40.1", 1, 1),
+            "objects: cars": ("Car.n.1", 1, 0),
+            "pedestrians": ("Pedestrian.n.1", 1, 0),
+            "cyclists": ("Cyclist.n.1", 1, 0),
+        },
+    ),
+}
 
 
-def judged(folder, c, task):
-    """The last step's judgement of a run, None if it is not there yet. Raises BadInput if it was another run."""
-    log = read_log(folder / "log.jsonl")
-    found = next((line[task.key] for line in reversed(log) if line["step"] == c.max_steps and task.key in line), None)
-    free = task.script.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames", "init"}
-    wanted, had = (
-        runtime.as_json(c, without=free),
-        next((line["config"] for line in reversed(log) if "config" in line), {}),
-    )
-    differ = runtime.differences(had, wanted)
-    if found and differ:
-        raise BadInput(f"{folder}: made with {differ}; give another --name, or delete it")
-    return found
-
-
-def cell(values, scale=1.0, decimals=1):
-    """mean (smallest to largest) over seeds."""
-    values = [scale * v for v in values if v is not None]
-    return (
-        "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(sum(values) / len(values), min(values), max(values), d=decimals)
-        if values
-        else "–"
-    )
-
-
-def figure(found, name):
-    """Of a judgement, a dict of figures or of dicts of them; None where there is none."""
-    for part in name.split("."):
-        found = (found or {}).get(part)
-    return found
-
-
-def row(name, found, task):
-    return (
-        f"| {name} | "
-        + " | ".join(
-            cell([figure(f, key) for f in found], scale, decimals) for key, scale, decimals in task.columns.values()
-        )
-        + " |"
-    )
-
-
-@dataclasses.dataclass
+@dataclass
 class Options:
     """One flag changed at a time, several seeds each: a table of figures on frames never trained on. Further flags go
     to the task's script.
     """
 
-    task: Literal["match", "depth"] = "match"
-    """match: pre-training, judged by matching. depth: fine-tuning, judged by depth metrics."""
+    task: Literal["match", "depth", "det3d"] = "match"
+    """match: pre-training, judged by matching. depth and det3d: fine-tuning, judged by the metrics of the task."""
     preset: str = "demo"
     """Of the task's script."""
     name: str = "ablation"
@@ -146,97 +131,224 @@ class Options:
     only: tuple[str, ...] = ()
     """Of match: names of variants; () for all of them."""
     inits: tuple[str, ...] = ("none", "out/demo/backbone.pt")
-    """Of depth: weights that the image encoder starts from. {seed} stands for the seed. A finished run is known by this
-    path, not by what lies there.
+    """Of depth and det3d: weights that the image encoder starts from. {seed} stands for the seed. A finished run is
+    known by this path, not by what lies there. no-image, of det3d: points alone.
     """
     labels: tuple[float, ...] = (1.0, 0.25)
-    """Of depth: shares of the training pairs."""
+    """Of depth and det3d: shares of the training frames."""
+
+
+# -----------------------------------------------------------------------------
+# what is to be run
+
+
+def check_options(options):
+    """Raises BadInput, naming the flag, for what cannot work."""
+    runtime.check_range(options, "seeds", 0, 2**63 - 1, "from 0 to 2^63 - 1")
+    runtime.check_range(options, "jobs", 1, 1000, "from 1 to 1000")
+    runtime.check_range(options, "labels", 1e-30, 1, "above 0, and 1 at most")
+    for flag in ("name", "seeds", "inits", "labels"):
+        if not getattr(options, flag):
+            raise BadInput(f"--{flag}: nothing given")
 
 
 def variants_of(options):
     """{name: flags}. Raises BadInput for unknown names."""
-    if options.task == "depth" and options.only:
-        raise BadInput("--only: of --task match; --inits and --labels say what is run for depth")
-    if options.task == "depth":
-        return {
-            f"{init}, {share:g} of labels": f"--init {shlex.quote(init)} --labels {share:g}"
-            for share in options.labels
-            for init in options.inits
-        }
+    if options.task != "match":
+        if options.only:
+            raise BadInput("--only: of --task match; --inits and --labels say what is run for the others")
+        variants = {}
+        for share in options.labels:
+            for init in options.inits:
+                start = "--no-image" if init == "no-image" else f"--init {shlex.quote(init)}"
+                variants[f"{init}, {share:g} of labels"] = f"{start} --labels {share:g}"
+        return variants
     unknown = set(options.only) - VARIANTS.keys()
     if unknown:
         raise BadInput(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
-    return {v: VARIANTS[v] for v in options.only or VARIANTS}
+    return {name: VARIANTS[name] for name in options.only or VARIANTS}
 
 
-def main():
-    def parse_both():
-        options, flags = tyro.cli(Options, return_unknown_args=True)
-        return options, flags, TASKS[options.task].parse(options.preset, flags)
+def flag_of(word):
+    """The flag that a word of a command line gives: --use-xyz for --no-use-xyz, --use_xyz or --use-xyz=True, too."""
+    return word.split("=")[0].replace("_", "-").replace("--no-", "--", 1)
 
-    runtime.command_line(parse_both, lambda parsed: ablate(*parsed))
+
+def overridden(flags, own):
+    """The words `flags`, then `own`, without what `own` gives again: no flag stands there twice."""
+    again = {flag_of(word) for word in own if word.startswith("--")}
+    kept, keeping = [], True
+    for word in flags:
+        if word.startswith("--"):
+            keeping = flag_of(word) not in again
+        if keeping:  # a flag, or one of its values
+            kept.append(word)
+    return [*kept, *own]
+
+
+@dataclass
+class Job:
+    """One run: a variant with a seed."""
+
+    variant: str
+    seed: int
+    arguments: list  # of the task's script, after the preset
+    c: object  # the Config that they make
+    folder: Path
+
+
+def job_of(options, flags, base, variant, own, seed):
+    """The job of a variant, whose own flags are `own`. It sees as many frames as `base`, the Config of the user's
+    `flags`, whatever its batches. Raises BadInput.
+    """
+    task = TASKS[options.task]
+    name = Path(options.name, re.sub(r"[^\w.]+", "_", variant), str(seed))
+    own = shlex.split(own.replace("{seed}", str(seed)))
+    arguments = overridden(flags, [*own, "--seed", str(seed), "--name", str(name)])
+    steps = base.max_steps * base.batch_size // task.parse(options.preset, arguments).batch_size
+    if not steps:
+        raise BadInput(f"--max-steps {base.max_steps}: too few for {variant}, whose batches are larger")
+    arguments = overridden(arguments, ["--max-steps", str(steps)])
+    return Job(variant, seed, arguments, task.parse(options.preset, arguments), Path(base.out) / name)
+
+
+def jobs_of(options, flags, base, variants):
+    """All jobs, a seed at a time: an interrupted table has whole columns. Raises BadInput."""
+    jobs = [job_of(options, flags, base, name, own, seed) for seed in options.seeds for name, own in variants.items()]
+    for folder, count in Counter(job.folder for job in jobs).items():
+        if count > 1:
+            raise BadInput(f"{folder}: {count} runs would be made there; give every seed and variant once")
+    return jobs
+
+
+# -----------------------------------------------------------------------------
+# running
+
+
+def judged(folder, c, task):
+    """The last step's judgement of a run, None if it is not there yet. Raises BadInput if it was another run."""
+    log = read_log(folder / "log.jsonl")
+    found = [line[task.key] for line in log if line["step"] == c.max_steps and task.key in line]
+    if not found:
+        return None
+    configs = [line["config"] for line in log if "config" in line]
+    had = configs[-1] if configs else {}
+    # what a script lets a resumed run change, but for what decides the figures
+    free = task.script.FREE - {"data_root", "eval_splits", "eval_root", "eval_frames", "init"}
+    differ = runtime.differences(had, runtime.as_json(c, without=free))
+    if differ:
+        raise BadInput(f"{folder}: made with {differ}; give another --name, or delete it")
+    return found[-1]
+
+
+def run(job, options):
+    """A job's judgement. It is run unless it was before. Raises BadInput with the last words of one that fails."""
+    task = TASKS[options.task]
+    found = judged(job.folder, job.c, task)
+    if found is not None:
+        return found
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    words = [options.preset, *job.arguments]
+    command = [sys.executable, str(Path(task.script.__file__)), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise BadInput(f"{shlex.join(words)}: {said[-1]}")
+    found = judged(job.folder, job.c, task)
+    if found is None:
+        raise BadInput(f"{shlex.join(words)}: ended without being judged")
+    return found
 
 
 def ablate(options, flags, base):
     """Run what has not been run, and print the table. flags: of the task's script and preset, which make the config
     `base`. Raises BadInput.
     """
-    task, variants, seeds = TASKS[options.task], variants_of(options), options.seeds
-    where = runtime.start_run(base.device)
+    check_options(options)
+    task, variants = TASKS[options.task], variants_of(options)
+    if "--seed" in map(flag_of, flags):
+        raise BadInput("--seed: give --seeds")
     if not base.max_steps:
         raise BadInput("--max-steps 0: an ablation needs the same number of steps for all")
-    if base.data_root != task.script.PRESETS[options.preset][1].data_root:
-        base.synthetic_frames, flags = (
-            0,
-            [*flags, "--synthetic-frames", "0"],
-        )  # real data that are not there are an error
-    frames, held_out, note = task.script.load_frames(
-        base, where
-    )  # the scenes are written once, before jobs look for them
+    where = runtime.start_run(base.device)
+    if base.data_root != task.script.PRESETS[options.preset][1].data_root:  # no scenes in place of data that are amiss
+        flags = overridden(flags, ["--synthetic-frames", "0"])
+        base = task.parse(options.preset, flags)
+    task.script.check_config(base, where.world)
+    jobs = jobs_of(options, flags, base, variants)
+    for job in jobs:
+        task.script.check_config(job.c, where.world)
+    # the scenes are written once, before jobs look for them
+    frames, held_out, note = task.script.load_frames(base, where)
+    if not held_out:
+        raise BadInput("--eval-splits: an ablation needs frames to judge on")
 
-    def run(job):
-        variant, seed = job
-        folder = Path(base.out, options.name, re.sub(r"[^\w.]+", "_", variant), str(seed))
-        own = shlex.split(variants[variant].replace("{seed}", str(seed)))
-        arguments = [*flags, *own, "--seed", str(seed), "--name", str(folder.relative_to(base.out))]
-        steps = (
-            base.max_steps * base.batch_size // task.parse(options.preset, arguments).batch_size
-        )  # other batches see as many frames
-        arguments += ["--max-steps", str(steps)]
-        c = task.parse(options.preset, arguments)
-        found = judged(folder, c, task)
-        if found is None:
-            threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-            command = [sys.executable, str(Path(task.script.__file__)), options.preset, *arguments]
-            done = subprocess.run(
-                command, capture_output=True, text=True, env={"OMP_NUM_THREADS": threads, **os.environ}
-            )
-            found = judged(folder, c, task)
-            if done.returncode or found is None:
-                lines = done.stderr.strip().splitlines()
-                raise BadInput(
-                    f"{shlex.join([options.preset, *arguments])}: {lines[-1] if lines else 'ended without being judged; --eval-splits?'}"
-                )
-        return job, found
-
-    work = [
-        (variant, seed) for seed in seeds for variant in variants
-    ]  # a seed at a time: an interrupted table has whole columns
+    found = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(tqdm(pool.map(run, work), total=len(work), dynamic_ncols=True))
+        results = pool.map(lambda job: run(job, options), jobs)
+        for result, job in zip(tqdm(results, total=len(jobs), dynamic_ncols=True), jobs):
+            found[job.variant, job.seed] = result
 
-    print(
-        f"{len(frames)} frames, {base.max_steps} steps of {base.batch_size}, judged on {len(held_out)} others; mean (range) over seeds {' '.join(map(str, seeds))}"
-    )
-    print(note or "", end="\n" if note else "")
-    print(f"| | {' | '.join(task.columns)} |\n|{'---|' * (len(task.columns) + 1)}")
+    seeds = " ".join(map(str, options.seeds))
+    trained = f"{len(frames)} frames, {base.max_steps} steps of {base.batch_size}"
+    print(f"{trained}, judged on {len(held_out)} others; mean (range) over seeds {seeds}")
+    if note:
+        print(note)
+    print("\n".join(title(task)))
     if options.task == "match":
-        configs = [dataclasses.replace(base, seed=seed) for seed in seeds]
+        configs = [dataclasses.replace(base, seed=seed) for seed in options.seeds]
         random = [eval_match.match(simipu.untrained(c, where.device), held_out, c, where.device) for c in configs]
         print(row("random", random, task))
-    for variant in variants:
-        name = f"{variant} `{variants[variant]}`" if variants[variant] and options.task == "match" else variant
-        print(row(name, [found[variant, seed] for seed in seeds], task))
+    for variant, own in variants.items():
+        name = f"{variant} `{own}`" if own and options.task == "match" else variant
+        print(row(name, [found[variant, seed] for seed in options.seeds], task))
+
+
+# -----------------------------------------------------------------------------
+# the table
+
+
+def title(task):
+    """Its first two lines."""
+    return [f"| | {' | '.join(task.columns)} |", "|" + "---|" * (1 + len(task.columns))]
+
+
+def row(name, found, task):
+    """A line of the table, of the judgements of all seeds."""
+    cells = [name]
+    for key, factor, decimals in task.columns.values():
+        cells.append(cell([figure(judgement, key) for judgement in found], factor, decimals))
+    return f"| {' | '.join(cells)} |"
+
+
+def cell(values, factor=1.0, decimals=1):
+    """mean (smallest to largest) over seeds."""
+    values = [factor * value for value in values if value is not None]
+    if not values:
+        return "–"
+    mean, low, high = (f"{x:.{decimals}f}" for x in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+def figure(found, name):
+    """Of a judgement, a dict of figures, of lists and of dicts of them; None where there is none."""
+    for part in name.split("."):
+        if isinstance(found, list):
+            found = found[int(part)]
+        else:
+            found = (found or {}).get(part)
+    return found
+
+
+def parse():
+    """-> Options, the words for the task's script, the Config that they make."""
+    options, flags = tyro.cli(Options, return_unknown_args=True)
+    return options, flags, TASKS[options.task].parse(options.preset, flags)
+
+
+def main():
+    runtime.command_line(parse, lambda parsed: ablate(*parsed))
 
 
 if __name__ == "__main__":

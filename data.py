@@ -13,8 +13,10 @@ Pixels are (u, v) with (0, 0) at the centre of the top-left pixel. Points are x,
 business of its own file: data_kitti.py.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +25,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from files import BadInput
+from files import IMAGES, BadInput, file_size, why_unread
 
 MIN_POINTS = 16  # fewer in view: the calibration or cloud is broken, and farthest point sampling has nothing to do
-SIZE_DIVISOR = (
-    32  # images are padded to multiples of the deepest stride, so that feature cells do not hang over the edge
-)
+SIZE_DIVISOR = 32  # images are padded to multiples of the deepest stride, or feature cells would hang over the edge
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of values in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SAMPLE, ORDER, SCALE = range(3)  # first word of every random seed: three streams that never meet
@@ -75,16 +75,26 @@ class Frame:
         """What its data are: their sizes tell two data sets apart."""
         return self.image, self.cloud
 
+    def whole(self):
+        """Whether it has an image and a cloud that are not empty: what --skip-missing asks for."""
+        return all(file_size(path)[0] for path in self.files)
+
     def file_errors(self):
-        """What is wrong with its files as far as their names and sizes tell: BadInputs, the most telling first."""
-        missing = [path for path in (self.image, self.cloud, *self.calib) if not path.is_file()]
-        advice = f"of frame {self.name}; --skip-missing leaves out frames without image or cloud"
-        errors = [BadInput(f"{path}: missing ({advice})") for path in missing]
-        if self.cloud not in missing:
-            size = self.cloud.stat().st_size
-            if size % (4 * self.rig.columns) or not size:
-                errors.append(BadInput(f"{self.cloud}: truncated, {size} bytes is no whole number of points ({POINT})"))
+        """What is wrong with its files as far as their names and sizes tell: BadInputs, one a file."""
+        errors = []
+        for path in (self.image, self.cloud, *self.calib):
+            size, wrong = file_size(path)
+            if wrong:
+                errors.append(BadInput(f"{path}: {wrong} (of frame {self.name}; {self._advice(path)})"))
+            elif path == self.cloud and size % (4 * self.rig.columns):
+                errors.append(truncated(path, size, self.rig.columns))
         return errors
+
+    def _advice(self, path):
+        if path in self.calib:
+            return "its calibration must lie there"
+        looked_for = f"{', '.join(IMAGES)} are looked for; " if path == self.image else ""
+        return f"{looked_for}--skip-missing leaves out frames without image or cloud"
 
     def read_image(self):
         return read_image(self.image)
@@ -93,7 +103,33 @@ class Frame:
         return read_cloud(self.cloud, self.rig.columns)
 
 
-POINT = "x, y, z, reflectance in float32"
+def without_twins(frames):
+    """Frames, or Pairs, less those whose image has come before, be it by another path. -> the rest; what was left out.
+
+    Folders are resolved once each; a path costs the disk one question, whether it is a link.
+    """
+    folders, seen, kept, twins = {}, set(), [], []
+    for frame in frames:
+        folder, name = os.path.split(frame.image)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        image = os.path.join(folders[folder], name)
+        if os.path.islink(image):
+            image = os.path.realpath(image)
+        if image in seen:
+            twins.append(frame)
+        else:
+            kept.append(frame)
+            seen.add(image)
+    return kept, twins
+
+
+def note_twins(twins, flag):
+    """A note to print where frames were left out by `without_twins`, else none: a list."""
+    if not twins:
+        return []
+    what = f"{len(twins)} frames that are listed twice, {twins[0].name} among them, are taken once"
+    return [f"note: {flag}: {what}"]
 
 
 def evenly_spread(items, limit):
@@ -136,31 +172,93 @@ def shared_drives(frames, held_out, flag):
 # reading one frame
 
 
-def read_image(path):
-    """RGB uint8 (H, W, 3)."""
+@contextlib.contextmanager
+def opened(path, what="image"):
+    """A picture as Pillow opens it. Raises BadInput for all that it does not like, in the block, too.
+
+    what: what it should be, for messages.
+    """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow answers a broken png with either
-        raise BadInput(f"{path}: not a readable image ({e})") from None
+            yield image
+    except BadInput:
+        raise
+    except Exception as e:  # Pillow answers a broken file with a dozen types
+        if isinstance(e, FileNotFoundError):
+            raise BadInput(f"{path}: {why_unread(path, e)}") from None
+        said = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        raise BadInput(f"{path}: not a readable {what} ({said.splitlines()[0]})") from None
+
+
+def read_image(path):
+    """RGB uint8 (H, W, 3). 16-bit grey is scaled to 8 bits: Pillow itself would cut it off at 255."""
+    with opened(path) as image:
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow's names for it
+            grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, 2)
+        if image.mode in ("I", "F"):
+            raise BadInput(f"{path}: a {image.format} of 32 bits a pixel; 8 or 16 bits are wanted")
+        return np.asarray(image.convert("RGB"))
 
 
 def read_cloud(path, columns=4, full_scale=1.0):
-    """float32 (N, 4): x, y, z in metres, reflectance. columns: float32 numbers of a point in the file. full_scale: what
-    the file has for a reflectance of 1.
+    """float32 (N, 4): x, y, z in metres, reflectance in [0, 1]. columns: float32 numbers of a point in the file.
+
+    full_scale: what the file has for a reflectance of 1.
+    Raises BadInput for a file that cannot be that, and says what it looks like instead.
     """
     try:
-        numbers = np.fromfile(path, np.float32)
+        raw = np.fromfile(path, np.uint8)
     except OSError as e:
-        raise BadInput(f"{path}: not readable ({e.strerror})") from None
-    if numbers.size % columns or not numbers.size:
-        raise BadInput(f"{path}: truncated, {4 * numbers.size} bytes is no whole number of points")
-    points = np.ascontiguousarray(numbers.reshape(-1, columns)[:, :4])
+        raise BadInput(f"{path}: {why_unread(path, e)}") from None
+    if raw.size % (4 * columns) or not raw.size:
+        raise truncated(path, raw.size, columns)
+    points = np.ascontiguousarray(raw.view(np.float32).reshape(-1, columns)[:, :4])
     bad = (~np.isfinite(points)).any(1).sum()
     if bad:
-        raise BadInput(f"{path}: {bad} of {len(points)} points are NaN or infinite")
+        raise BadInput(f"{path}: {bad} of {len(points)} points are NaN or infinite{hint(raw, columns)}")
     points[:, 3] /= full_scale
+    low, high = points[:, 3].min(), points[:, 3].max()
+    if low < 0 or high > 1:
+        question = "; is it float64, or of 3 or 5 columns?"
+        raise BadInput(f"{path}: reflectance {low:g} to {high:g}, not within [0, 1]{hint(raw, columns) or question}")
     return points
+
+
+def truncated(path, size, columns):
+    """The BadInput for a cloud of so many bytes. Reads it, once more perhaps, to see what it could be."""
+    raw = np.zeros(0, np.uint8)
+    with contextlib.suppress(OSError):
+        raw = np.fromfile(path, np.uint8)
+    why = f"{size} bytes is no whole number of points (x, y, z, reflectance in float32)"
+    return BadInput(f"{path}: truncated, {why}{hint(raw, columns)}")
+
+
+def hint(raw, columns):
+    """What the bytes of a refused cloud look like instead, in words that end its message; "" if like nothing known."""
+    found, wanted = layout(raw), f"{columns} columns of float32"
+    if found == wanted:
+        return "; its columns look right, so divide reflectance by its full scale, which is mostly 255"
+    return f"; it looks like {found}, where {wanted} are wanted" if found else ""
+
+
+def layout(raw):
+    """How bytes are to be read to make a cloud, in words; None if in no way that is tried."""
+    for kind in ("float32", "float64"):
+        for count in (4, 5, 3):
+            whole = raw.size > 0 and raw.size % (count * np.dtype(kind).itemsize) == 0
+            if whole and looks_like_cloud(raw.view(kind).reshape(-1, count)):
+                return f"{count} columns of {kind}"
+    return None
+
+
+def looks_like_cloud(points):
+    """Whether numbers (N, 3+) may be metres, flatter than wide, and then a reflectance of any unit."""
+    if not np.isfinite(points).all() or np.abs(points[:, :3]).max() > 1000:
+        return False
+    x, y, z = np.percentile(np.abs(points[:, :3]), 95, axis=0)
+    reflectance = points[:, 3:4]
+    return z < 0.5 * max(x, y) and (reflectance >= 0).all() and (reflectance <= 255).all()
 
 
 def project(points, lidar2img):
@@ -168,17 +266,17 @@ def project(points, lidar2img):
 
     numpy or torch. A point at or behind the camera has depth <= 0, and its uv means nothing.
     """
-    xyz = [points[..., i] for i in range(3)]
+    x, y, z = points[..., 0], points[..., 1], points[..., 2]
 
     def row(r):
         # sums of products by hand: a matrix product may run in TF32 on a GPU, and three digits are not a projection
         m = lidar2img[..., None, r, :]
-        return sum(m[..., i] * xyz[i] for i in range(3)) + m[..., 3]
+        return m[..., 0] * x + m[..., 1] * y + m[..., 2] * z + m[..., 3]
 
     u, v, depth = row(0), row(1), row(2)
-    stack, where = (torch.stack, torch.where) if torch.is_tensor(points) else (np.stack, np.where)
-    z = where(depth > 1e-6, depth, depth * 0 + 1e-6)
-    return stack([u / z, v / z], -1), depth
+    library = torch if torch.is_tensor(points) else np
+    ahead = library.where(depth > 1e-6, depth, 1e-6)
+    return library.stack([u / ahead, v / ahead], -1), depth
 
 
 def inside_image(uv, depth, width, height):
@@ -267,6 +365,13 @@ def random_image_scale(image_scale, seed, step):
     return tuple(int(rng.integers(low, high + 1)) for low, high in zip(image_scale[:2], image_scale[2:]))
 
 
+def check_image_scale(box):
+    """Raises BadInput for an --image-scale that `random_image_scale` cannot draw from."""
+    if len(box) not in (2, 4) or min(box) < 32 or any(low > high for low, high in zip(box, box[2:])):
+        wanted = "two numbers (width height) or four (smallest, then largest), from 32 on"
+        raise BadInput(f"--image-scale {' '.join(map(str, box))}: {wanted}")
+
+
 class Batches:
     """Which frames this rank sees at every step, for a DataLoader's batch_sampler: lists of (epoch, frame index).
 
@@ -309,34 +414,35 @@ def part_sweeps(order, sweeps, group, used):
     """Swap frames of an order, in place, until none of its groups has two of one sweep. An order that has no such group
     stays as it is.
 
-    order (n,) frames, of which the first `used` are cut into groups; sweeps (n,) of the frames. A frame that is one too
-    many goes to the next group, around the end, that lacks its sweep, and a frame whose sweep the first group lacks
-    comes for it. While there are groups at fault, one of them can do that if any order is without fault. Raises
-    BadInput if not.
+    order (n,) frames, of which the first `used` are cut into groups; sweeps (n,) of the frames. While there are groups
+    at fault, some swap mends one if any order is without fault. Raises BadInput if not.
     """
-    place_group = np.arange(len(order)) // group
     while True:
-        grid = sweeps[order[:used]].reshape(-1, group)
-        at_fault = (np.diff(np.sort(grid, 1), axis=1) == 0).any(1)
-        if not at_fault.any():
+        grid = np.sort(sweeps[order[:used]].reshape(-1, group), 1)
+        at_fault = np.flatnonzero((grid[:, 1:] == grid[:, :-1]).any(1))
+        if not len(at_fault):
             return
-        swapped = False
-        for g in np.flatnonzero(at_fault):
-            own = sweeps[order[g * group :][:group]]
-            extra = np.setdiff1d(np.arange(group), np.unique(own, return_index=True)[1])
-            for place in g * group + extra:
-                now = sweeps[order]
-                own = now[g * group :][:group]
-                has = np.zeros(place_group[-1] + 1, bool)
-                has[place_group[:used][now[:used] == now[place]]] = True
-                free = np.flatnonzero(~has[place_group] & ~np.isin(now, own))
-                if len(free):
-                    other = free[np.searchsorted(free, place) % len(free)]
-                    order[[place, other]] = order[[other, place]]
-                    swapped = True
-        if not swapped:
+        if not sum(swap_out(order, sweeps, group, used, g) for g in at_fault):
             few = f"{len(np.unique(sweeps))} sweeps are too few for groups without two frames of one"
             raise BadInput(f"--group {group}: {few}; --same-sweep allows them")
+
+
+def swap_out(order, sweeps, group, used, g):
+    """Swap each frame whose sweep group g has once already for the next, around the end, whose sweep it lacks, and
+    whose own group lacks that of the first. -> how many were swapped.
+    """
+    places, swapped = np.arange(len(order)), 0
+    for place in range(g * group, (g + 1) * group):
+        sweep_at = sweeps[order]
+        own = sweep_at[g * group : (g + 1) * group]
+        if (sweep_at[g * group : place] == sweep_at[place]).any():
+            has_it = np.unique(places[:used][sweep_at[:used] == sweep_at[place]] // group)
+            free = np.flatnonzero(~np.isin(places // group, has_it) & ~np.isin(sweep_at, own))
+            if len(free):
+                other = free[np.searchsorted(free, place) % len(free)]
+                order[[place, other]] = order[[other, place]]
+                swapped += 1
+    return swapped
 
 
 class PretrainFrames(torch.utils.data.Dataset):

@@ -27,13 +27,10 @@ import runtime
 from files import BadInput, writing
 
 CLASSES = ("Pedestrian", "Cyclist", "Car")  # in the release's order, which is that of its anchors
-PASTED = {
-    "Car": 12,
-    "Pedestrian": 6,
-    "Cyclist": 6,
-}  # objects of a frame after pasting, in the order of pasting (release)
+PASTED = {"Car": 12, "Pedestrian": 6, "Cyclist": 6}  # at most in a frame after pasting; in this order (release)
 LEAST_POINTS = {"Car": 5, "Pedestrian": 10, "Cyclist": 10}  # of an object that is pasted (release)
-OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # a patch may lose one of these shares to another object's; drawn per class (release)
+OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # the share of a patch that any other object may have too; drawn per class (release)
+NEAR = 0.5  # metres before a camera: nearer corners of a box have no pixel to speak of
 HARD = (25, 2, 0.5)  # height above, occlusion and truncation at most: KITTI's "hard"; what is harder is not pasted
 BEAMS = np.r_[np.linspace(-24.8, -8.83, 32), np.linspace(-8.33, 2, 32)]  # degrees: rows of a Velodyne HDL-64E
 
@@ -43,7 +40,10 @@ BEAMS = np.r_[np.linspace(-24.8, -8.83, 32), np.linspace(-8.33, 2, 32)]  # degre
 
 
 class Layout:
-    """Where voxels and the cells of the head are, metres in the LiDAR's frame. c: finetune_det3d.Config."""
+    """Where voxels and the cells of the head are, metres in the LiDAR's frame. c: finetune_det3d.Config.
+
+    Raises ValueError where the range is too small for the encoder's strides.
+    """
 
     def __init__(self, c):
         self.range, self.voxel = c.point_range, c.voxel
@@ -52,6 +52,9 @@ class Layout:
         half = functools.partial(ops_sparse.Window, (3, 3, 3), (2, 2, 2))
         flat = ops_sparse.Window((3, 1, 1), (2, 1, 1), (0, 0, 0))
         self.windows = [half((1, 1, 1)), half((1, 1, 1)), half((0, 1, 1)), flat]
+        self.grids = [self.grid]  # of every stage
+        for window in self.windows:
+            self.grids.append(self.grids[-1].after(window))
         self.stride = 8 / c.upsample[0]  # of the head's cells, in voxels
         self.cells = cells[0] // 8 * c.upsample[0], cells[1] // 8 * c.upsample[0]  # along x, y
 
@@ -95,14 +98,21 @@ def lidar_rows(points):
 
 
 def find_frames(roots, splits, skip_missing=False):
-    """Frames that have labels. Raises BadInput as data_kitti.find_frames does, and for a frame without its label."""
+    """Frames that have labels. Raises BadInput as data_kitti.find_frames does, and for a frame without its label, or
+    with a line in it that is none: before a run begins, not in its middle."""
     frames = [f for root in roots for f in data_kitti.find_frames(root, splits, skip_missing=skip_missing)]
     for f in frames:
         if f.label is None:
             raise BadInput(f"{f.image}: of a raw drive, which has no labels; detection wants KITTI's object layout")
         if not f.label.is_file():
             raise BadInput(f"{f.label}: missing; it holds the boxes of frame {f.name}")
+        data_kitti.read_labels(f.label)
     return frames
+
+
+def inventory(frames):
+    """data.inventory with the bytes of the labels: what a run was trained on."""
+    return [f"{line} {f.label.stat().st_size}" for line, f in zip(data.inventory(frames), frames)]
 
 
 def projected_rect(boxes, lidar2img):
@@ -143,7 +153,7 @@ def objects_of(frame, number, keep_rows):
     uint8)].
     """
     scene = read_scene(frame, keep_rows)
-    _, numbers = data_kitti.read_labels(frame.label)
+    _, numbers = data_kitti.read_labels(frame.label)  # in the order of the scene's boxes
     height, width = scene.image.shape[:2]
     inside = ops_boxes.points_in_boxes(scene.points.astype(np.float64), scene.boxes)  # (N, n)
     found = []
@@ -160,13 +170,15 @@ def objects_of(frame, number, keep_rows):
 
 
 def write_bank(frames, path, keep_rows=1):
-    """One file: points and patches of all objects end to end, then their table, then how many there are (int64)."""
+    """One file: points and patches of all objects end to end, then their table, then how many there are (int64).
+
+    The same frames give the same bytes. Raises BadInput, as read_scene does.
+    """
     entries, end = [], 0
     found = runtime.ahead(lambda job: objects_of(job[1], job[0], keep_rows), enumerate(frames), os.cpu_count())
+    bar = tqdm(found, "objects", len(frames), dynamic_ncols=True, mininterval=1, disable=len(frames) < 100)
     with writing(path) as temporary, open(temporary, "wb") as f:
-        for objects in tqdm(
-            found, "objects", len(frames), dynamic_ncols=True, mininterval=1, disable=len(frames) < 100
-        ):
+        for objects in bar:
             for entry, points, patch in objects:
                 entry["at"] = end
                 end += f.write(points.tobytes()) + f.write(np.ascontiguousarray(patch).tobytes())
@@ -176,14 +188,33 @@ def write_bank(frames, path, keep_rows=1):
 
 
 class Bank:
-    """The objects in a file of write_bank, mapped into memory: all loading processes share its pages."""
+    """The objects in a file of write_bank, mapped into memory: all loading processes share its pages.
+
+    Raises BadInput for a file that is missing, cut off, or of another program.
+    """
 
     def __init__(self, path):
+        self.path = path
+        if not path.is_file():
+            raise BadInput(f"{path}: missing; is --out on a disk that all nodes share?")
+        size = path.stat().st_size
+        if size < 8:
+            raise BadInput(f"{path}: not a whole file of objects")
         self.bytes = np.memmap(path, np.uint8, "r")
         count = int(self.bytes[-8:].view(np.int64)[0])
-        table = self.bytes[len(self.bytes) - 8 - count * ENTRY.itemsize : len(self.bytes) - 8]
-        self.entries = np.frombuffer(table.tobytes(), ENTRY)
+        start = size - 8 - count * ENTRY.itemsize  # of the table
+        if count < 0 or start < 0:
+            raise BadInput(f"{path}: not a whole file of objects")
+        self.entries = np.frombuffer(self.bytes[start : size - 8].tobytes(), ENTRY)
+        left, top, right, bottom = self.entries["rect"].astype(np.int64).T
+        self.ends = self.entries["at"] + 16 * self.entries["count"] + 3 * (bottom - top) * (right - left)
+        if start != self.ends.max(initial=0):
+            raise BadInput(f"{path}: not a whole file of objects")
         self.of_class = [np.flatnonzero(self.entries["type"] == k) for k in range(len(CLASSES))]
+
+    def __reduce__(self):
+        """Processes that are not forked open the file, too, instead of copying it."""
+        return Bank, (self.path,)
 
     def read(self, i):
         """-> points (n, 4) float32 in its source's LiDAR frame, patch (h, w, 3) uint8."""
@@ -191,19 +222,35 @@ class Bank:
         left, top, right, bottom = entry["rect"]
         at, middle = int(entry["at"]), int(entry["at"]) + 16 * int(entry["count"])
         points = np.frombuffer(self.bytes[at:middle].tobytes(), np.float32).reshape(-1, 4)
-        patch = self.bytes[middle : middle + 3 * (bottom - top) * (right - left)]
+        patch = self.bytes[middle : int(self.ends[i])]
         return points, np.array(patch).reshape(bottom - top, right - left, 3)
 
 
 def open_bank(frames, folder, keep_rows, run):
-    """The bank of these frames, kept in `folder` and written by rank 0 where it is not there yet."""
-    name = data.fingerprint([*data.inventory(frames), *(str(f.label.stat().st_size) for f in frames), str(keep_rows)])
-    path = Path(folder) / f"objects_{name}.bin"
-    if run.main and not path.exists():
+    """The bank of these frames, kept in `folder`. Rank 0 writes it where it is not there yet, or is not whole.
+
+    A broken frame, a BadInput, leaves no folder that was not there.
+    """
+    path = Path(folder) / f"objects_{data.fingerprint([*inventory(frames), str(keep_rows)])}.bin"
+    if run.main and not _is_whole(path):
+        new = [place for place in (path.parent, path.parent.parent) if not place.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bank(frames, path, keep_rows)
+        try:
+            write_bank(frames, path, keep_rows)
+        except BadInput:
+            for place in new:
+                place.rmdir()
+            raise
     run.any(False)  # a barrier: the others wait for the file
     return Bank(path)
+
+
+def _is_whole(path):
+    try:
+        Bank(path)
+    except BadInput:
+        return False
+    return True
 
 
 # -----------------------------------------------------------------------------
@@ -215,7 +262,8 @@ def paste(scene, bank, rng, limits=PASTED):
 
     An object keeps its place in the LiDAR's frame. Its patch goes where the box projects to with the scene's own
     calibration: moved and scaled by the map between the projected rectangles of both. It is left out where its box
-    meets any other, where its patch covers or loses more than a drawn share, or where too little of it is in the image.
+    meets any other, where its patch has more than a drawn share of its area in common with another object's rectangle,
+    and where the patch is not in the image whole. The frame's points in its box give way to its own.
     """
     height, width = scene.image.shape[:2]
     boxes, classes, rects = list(scene.boxes), list(scene.classes), list(scene.rects)
@@ -239,24 +287,27 @@ def paste(scene, bank, rng, limits=PASTED):
     pasted = [bank.read(i) for i in chosen]
     image = draw_far_to_near(scene, np.array(rects), np.array(boxes), [patch for _, patch in pasted])
     own = scene.points
-    hidden = ops_boxes.points_in_boxes(own.astype(np.float64), np.array(boxes[len(scene.boxes) :])).any(1)
-    points = np.concatenate([own[~hidden], *(points for points, _ in pasted)])
+    replaced = ops_boxes.points_in_boxes(own.astype(np.float64), np.array(boxes[len(scene.boxes) :])).any(1)
+    points = np.concatenate([own[~replaced], *(points for points, _ in pasted)])
     return Scene(image, points, scene.lidar2img, np.array(boxes), np.array(classes), np.array(rects))
 
 
 def target_rect(entry, lidar2img):
-    """Where an object's patch belongs in an image with this calibration, (4,) pixels; None where it is not before
-    it.
+    """Where an object's patch belongs in an image with this calibration: (4,) pixels, the last two not included.
+
+    None for a box that reaches behind one of the cameras, and has no rectangle there.
     """
     rect = entry["rect"].astype(float)
     if np.allclose(entry["lidar2img"], lidar2img):
         return rect
+    corners = ops_boxes.corners(entry["box"])
+    if min(data.project(corners, matrix)[1].min() for matrix in (entry["lidar2img"], lidar2img)) < NEAR:
+        return None
     old = projected_rect(entry["box"][None], entry["lidar2img"])[0]
     new = projected_rect(entry["box"][None], lidar2img)[0]
-    scale = (new[2:] - new[:2]) / np.maximum(old[2:] - old[:2], 1e-6)
-    low, high = (new[:2] + (rect[i : i + 2] - old[:2]) * scale for i in (0, 2))
-    rect = np.rint(np.concatenate([low, high]))
-    return rect if (rect[2:] - rect[:2] >= 2).all() and np.isfinite(rect).all() else None
+    scale = (new[2:] - new[:2]) / (old[2:] - old[:2])
+    rect = np.rint(np.concatenate([new[:2] + (corner - old[:2]) * scale for corner in (rect[:2], rect[2:])]))
+    return rect if (rect[2:] - rect[:2] >= 2).all() else None
 
 
 def outside(rect, width, height):
@@ -272,7 +323,7 @@ def collides(box, boxes):
 
 
 def covers(rect, rects, share):
-    """Whether a patch has more than this share of its area in common with any of the other rectangles."""
+    """Whether a patch has more than this share of its own area in common with any of the other rectangles."""
     if not rects:
         return False
     others = np.array(rects)
@@ -330,12 +381,14 @@ class DetectionFrames(torch.utils.data.Dataset):
             flip = bool(rng.random() < c.flip)
             T = data.random_view(rng, np.zeros(3), c.rotation, c.scale, (c.translation,) * 3, flip)
         sample = move(scene, T, self.layout)
-        if len(sample["points"]) < data.MIN_POINTS:
-            return BadInput(data.too_few_in_view(self.frames[index], len(sample["points"])))
-        sample |= {"flip": flip, "window": np.array([0.0, 0.0, 1.0]), "index": index}
-        if c.max_points and len(sample["points"]) > c.max_points:
-            chosen = np.sort(rng.choice(len(sample["points"]), c.max_points, replace=False))
+        count = len(sample["points"])
+        if count < data.MIN_POINTS:
+            return BadInput(data.too_few_in_view(self.frames[index], count))
+        if c.max_points and count > c.max_points:
+            chosen = np.sort(rng.choice(count, c.max_points, replace=False))
             sample["points"] = sample["points"][chosen]
+        whole = np.array([0.0, 0.0, 1.0])  # the window of the image that is shown
+        sample |= {"flip": flip, "window": whole, "index": index}
         return sample | voxels(sample["points"], self.layout)
 
 
@@ -384,9 +437,6 @@ def collate(layout, samples):
     most = max(1, *(len(s["boxes"]) for s in samples))
     boxes, classes = torch.zeros(len(samples), most, 7), torch.full((len(samples), most), -1)
     rows, slots, before = [], [], 0
-    grids = [layout.grid]
-    for window in layout.windows:
-        grids.append(grids[-1].after(window))
     for b, s in enumerate(samples):
         boxes[b, : len(s["boxes"])] = torch.from_numpy(s["boxes"])
         classes[b, : len(s["boxes"])] = torch.from_numpy(s["classes"])
@@ -399,7 +449,7 @@ def collate(layout, samples):
         "slot": torch.cat(slots),
         "longest": longest,
         "rows": torch.cat(rows),
-        "keys": [ops_sparse.batch_keys([s["keys"][i] for s in samples], grid) for i, grid in enumerate(grids)],
+        "keys": [ops_sparse.batch_keys([s["keys"][i] for s in samples], grid) for i, grid in enumerate(layout.grids)],
         "boxes": boxes,
         "classes": classes,
     }

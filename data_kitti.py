@@ -5,22 +5,24 @@ Two layouts are understood, told apart by what the folder holds:
     object   ROOT/{training,testing}/{image_2,velodyne,calib}/000000.*, ROOT/ImageSets/{train,val,test,...}.txt
     raw      ROOT/DATE/DATE_drive_NNNN_sync/{image_02,velodyne_points}/data/*, ROOT/DATE/calib_*.txt
              (ROOT may also be one DATE folder, or one drive's folder)
+
+A split is a list ImageSets/NAME.txt: of frames in the object layout, of drives in the raw one, where none is needed.
 """
 
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
 
 import data
-from files import BadInput, read_text
+from files import IMAGES, BadInput, Folders, read_lines, read_text
 
 # range: the release's and KITTI's own; centre: its middle (release `points_center`); the LiDAR is 1.73 m above the road
 RIG = data.Rig((0.0, -40.0, -3.0, 70.4, 40.0, 1.0), center=(35.2, 0.0, -1.0), ground=-1.7, box=(1242, 375))
 
-CORNERS = (
-    np.array(np.meshgrid([-0.5, 0.5], [-1, 0], [-0.5, 0.5], indexing="ij")).reshape(3, 8).T
-)  # length, height, width
+# (8, 3): length, height, width, from the middle of a box's bottom; y points down
+CORNERS = np.array(np.meshgrid([-0.5, 0.5], [-1, 0], [-0.5, 0.5], indexing="ij")).reshape(3, 8).T
 BOX_EDGES = np.array([(a, b) for a in range(8) for b in range(a) if (CORNERS[a] != CORNERS[b]).sum() == 1])  # (12, 2)
 
 
@@ -51,61 +53,137 @@ class RawFrame(data.Frame):
         return read_raw_calib(*self.calib)
 
 
-def find_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
-    """All frames of `splits` under `root` (object layout), or of every drive under it (raw), in file order.
+def find_frames(root, splits=None, frame_stride=1, skip_missing=False):
+    """Frames of one root, as `pool_frames` finds them."""
+    return pool_frames([root], splits, frame_stride, skip_missing)[0]
 
-    frame_stride keeps every n-th frame of a raw drive: neighbours in a sequence are near copies of each other.
+
+def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--splits", named=True):
+    """Frames of several roots, in file order, none of them twice. -> frames, notes to print.
+
+    splits: names of lists in ImageSets/. () takes all drives of a raw root, None also the list `train` of an object
+    root. frame_stride keeps every n-th frame of a raw drive: neighbours in a sequence are near copies of each other.
     skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds).
-    Raises BadInput for a missing root, an unknown layout, an empty split, a missing file, a truncated cloud.
+    flag: what the splits were given with, for messages. named: as `fitting_splits` takes it.
+    Raises BadInput for a missing root, an unknown layout, a list that is missing or empty, a missing file, a truncated
+    cloud.
     """
-    frames = list_frames(root, splits, frame_stride, skip_missing)
-    if skip_missing:
-        frames = [f for f in frames if f.image.exists() and f.cloud.exists()]
-    for frame in frames:
+    frames, notes, what = [], [], " ".join([flag, *(splits or ())])
+    for root, own, more in fitting_splits(roots, splits, named):
+        notes += more
+        found, left_out = _complete_frames(root, own, frame_stride, skip_missing, flag)
+        if left_out:
+            notes.append(f"note: {what}: {len(found)} frames in {root}, {left_out} without image or cloud left out")
+        frames += found
+    if not frames:
+        raise BadInput(f"{' '.join(map(str, roots))}: no frames in it")
+    frames, twins = data.without_twins(frames)
+    return frames, notes + data.note_twins(twins, what)
+
+
+def _complete_frames(root, splits, frame_stride, skip_missing, flag):
+    """-> frames of a root, all of whose files are there; how many were left out because they lack image or cloud."""
+    listed = list_frames(root, splits, frame_stride, skip_missing, flag)
+    found = [f for f in listed if f.whole()] if skip_missing else listed
+    if listed and not found:
+        both = f"both image ({', '.join(IMAGES)}) and cloud (.bin)"
+        example = f"the first would be {listed[0].image} and {listed[0].cloud}"
+        raise BadInput(f"{root}: none of its {len(listed)} frames has {both}; {example}")
+    for frame in found:
         for error in frame.file_errors():
             raise error
-    if not frames:
-        where = f"splits {', '.join(splits)}" if is_object_layout(root) else "it"
-        raise BadInput(f"{root}: no frames in {where}")
-    return frames
+    return found, len(listed) - len(found)
 
 
-def list_frames(root, splits=("train",), frame_stride=1, skip_missing=False):
+def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--splits"):
     """The frames that lists and folders name, whether or not all their files are there.
 
-    Raises BadInput for a missing root, an unknown layout, an empty split.
+    Raises BadInput for a missing root, an unknown layout, a list that is missing or empty.
     """
-    root = Path(root)
+    root, folders = Path(root), Folders()
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder")
-    if is_object_layout(root):
-        return [frame for split in splits for frame in _object_frames(root, split)]
-    return _raw_frames(root, frame_stride, skip_missing)
+    if not is_object_layout(root):
+        drives = _raw_drives(root, splits, flag)
+        return _raw_frames(drives, frame_stride, skip_missing, folders)
+    splits = ("train",) if splits is None else splits
+    if not splits:
+        raise BadInput(f"{flag}: none given for {root}; it takes names of lists in ImageSets/")
+    return [frame for split in splits for frame in _object_frames(root, split, splits, flag, folders)]
 
 
 def is_object_layout(root):
     return (Path(root) / "training").is_dir() or (Path(root) / "testing").is_dir()
 
 
-def _object_frames(root, split):
+def fitting_splits(roots, splits, named=True):
+    """What of the splits applies to each of the roots: [(root, splits, notes to print)]. Raises BadInput.
+
+    named: whether they were given for these roots, rather than taken over from a run on others. All of them must apply
+    then. But if they were not, or if there is an object root beside it, a raw root may have lists of some alone, and
+    one without any gives all of its drives.
+    """
+    strict = named and not any(is_object_layout(root) for root in roots)
+    fitting = []
+    for root in roots:
+        own, notes = splits, []
+        if splits and not strict and not is_object_layout(root):
+            own = [split for split in splits if os.path.lexists(_listing(root, split))]
+            if not own and (Path(root) / "ImageSets").is_dir():
+                raise BadInput(f"{root}/ImageSets: no list of drives in it is called {' or '.join(splits)}")
+            if not own:
+                notes = [f"note: {root}: all of its drives are taken, for it has no lists of them in ImageSets/"]
+        fitting.append((root, own, notes))
+    return fitting
+
+
+def _listing(root, split):
+    return Path(root) / "ImageSets" / f"{split}.txt"
+
+
+def _object_frames(root, split, splits, flag, folders):
     folder = root / ("testing" if split == "test" else "training")
-    listing = root / "ImageSets" / f"{split}.txt"
-    if listing.is_file():
-        ids = read_text(listing).split()
-    elif split in ("test", "trainval"):  # the whole folder; KITTI itself comes without ImageSets
-        ids = sorted(p.stem for p in (folder / "velodyne").glob("*.bin"))
-    else:
-        advice = "--splits trainval takes the whole training folder"
-        raise BadInput(f"{listing}: missing; it lists the frames of split '{split}', one id a line ({advice})")
-    if not ids:
-        raise BadInput(f"{listing}: split '{split}' is empty")
     drives = _object_drives(root) if folder.name == "training" else {}
     frames = []
-    for i in ids:
-        image, cloud = _png_or_jpg(folder / "image_2" / i), folder / "velodyne" / f"{i}.bin"
+    for i in _object_ids(root, split, splits, flag, folder, folders):
+        image = folders.find(folder / "image_2", i, IMAGES) or folder / "image_2" / f"{i}.png"
+        cloud = folders.find(folder / "velodyne", i, (".bin",)) or folder / "velodyne" / f"{i}.bin"
         calib = (folder / "calib" / f"{i}.txt",)
         frames.append(ObjectFrame(f"{folder.name}/{i}", image, cloud, calib, RIG, drives.get(i)))
     return frames
+
+
+def _object_ids(root, split, splits, flag, folder, folders):
+    """Ids of a split's frames: of its list, or of the whole folder, for KITTI itself comes without lists."""
+    listing = _listing(root, split)
+    if os.path.lexists(listing):
+        return [_frame_id(word) for _, word in _words(listing, split)]
+    if split not in ("test", "trainval"):
+        advice = "--splits trainval takes the whole training folder"
+        if flag != "--splits":
+            advice = f"{flag} without a name judges on none"
+        raise BadInput(f"{listing}: missing; it lists the frames of {flag} {split}, one id a line ({advice})")
+    ids = sorted(folders.stems(folder / "velodyne", (".bin",)))
+    if not ids:
+        others = " ".join(other for other in splits if other != split)
+        advice = f" ({flag} {others} does without)" if others else ""
+        raise BadInput(f"{folder / 'velodyne'}: no *.bin in it, of which {flag} {split} takes all{advice}")
+    return ids
+
+
+def _words(listing, split):
+    """[(number of its line, word)] of a list. Raises BadInput for one without any."""
+    lines = enumerate(read_lines(listing), start=1)
+    words = [(number, word) for number, line in lines for word in line.split()]
+    if not words:
+        raise BadInput(f"{listing}: split '{split}' is empty")
+    return words
+
+
+def _frame_id(word):
+    """Some lists hold names of files."""
+    stem, suffix = os.path.splitext(word)
+    return stem if suffix.lower() in (*IMAGES, ".bin", ".txt") else word
 
 
 def _object_drives(root):
@@ -117,39 +195,72 @@ def _object_drives(root):
     for folder in (root / "mapping", root / "devkit" / "mapping", root / "devkit_object" / "mapping"):
         mapping, order = folder / "train_mapping.txt", folder / "train_rand.txt"
         if mapping.is_file() and order.is_file():
+            names = [line.split() for line in read_lines(mapping)]
+            numbers = read_text(order).replace(",", " ").split()  # one word of 40,000 characters, in KITTI's own
             try:
-                drives = [line.split()[1] for line in read_text(mapping).splitlines()]
-                lines = read_text(order).replace(",", " ").split()
-                return {f"{i:06d}": drives[int(n) - 1] for i, n in enumerate(lines)}
+                return {f"{i:06d}": names[int(n) - 1][1] for i, n in enumerate(numbers)}
             except (IndexError, ValueError):
                 raise BadInput(f"{folder}: train_mapping.txt and train_rand.txt do not fit each other") from None
     return {}
 
 
-def _raw_frames(root, frame_stride, skip_missing):
-    patterns = ("velodyne_points", "*/velodyne_points", "*/*/velodyne_points")
-    drives = sorted(p.parent for pattern in patterns for p in root.glob(pattern))
-    if not drives:
-        layouts = "KITTI object (training/, testing/) nor KITTI raw (DATE/DATE_drive_NNNN_sync/)"
-        raise BadInput(f"{root}: neither {layouts} lies here")
+def _raw_frames(drives, frame_stride, skip_missing, folders):
     frames = []
     for drive in drives:
-        clouds = {p.stem for p in (drive / "velodyne_points" / "data").glob("*.bin")}
-        images = {p.stem for p in (drive / "image_02" / "data").glob("*") if p.suffix in (".png", ".jpg")}
+        image_folder, cloud_folder = drive / "image_02" / "data", drive / "velodyne_points" / "data"
+        images, clouds = folders.stems(image_folder, IMAGES), folders.stems(cloud_folder, (".bin",))
         if len(clouds) != len(images) and not skip_missing:
-            counts = f"{len(images)} images but {len(clouds)} clouds"
-            raise BadInput(f"{drive}: {counts}; --skip-missing keeps the frames that have both")
+            raise BadInput(_uneven(drive, len(images), len(clouds)))
         calib = (drive.parent / "calib_cam_to_cam.txt", drive.parent / "calib_velo_to_cam.txt")
+        name = drive.absolute().name
         for i in sorted(clouds | images)[::frame_stride]:
-            image = _png_or_jpg(drive / "image_02" / "data" / i)
-            cloud = drive / "velodyne_points" / "data" / f"{i}.bin"
-            frames.append(RawFrame(f"{drive.name}/{i}", image, cloud, calib, RIG, drive.name))
+            image = folders.find(image_folder, i, IMAGES) or image_folder / f"{i}.png"
+            cloud = folders.find(cloud_folder, i, (".bin",)) or cloud_folder / f"{i}.bin"
+            frames.append(RawFrame(f"{name}/{i}", image, cloud, calib, RIG, name))
     return frames
 
 
-def _png_or_jpg(stem):
-    jpg = stem.with_name(stem.name + ".jpg")
-    return jpg if jpg.exists() else stem.with_name(stem.name + ".png")
+def _uneven(drive, images, clouds):
+    """What to say of a drive that has not as many images as clouds."""
+    if not images:
+        return f"{drive / 'image_02' / 'data'}: no {', '.join(IMAGES)} in it, but there are {clouds} clouds"
+    if not clouds:
+        return f"{drive / 'velodyne_points' / 'data'}: no .bin in it, but there are {images} images"
+    return f"{drive}: {images} images but {clouds} clouds; --skip-missing keeps the frames that have both"
+
+
+def _raw_drives(root, splits, flag):
+    """Folders of all drives, or of those that the splits' lists name."""
+    drives = []
+    for pattern in ("velodyne_points", "*/velodyne_points", "*/*/velodyne_points"):
+        for clouds in root.glob(pattern):
+            if not any(part.startswith(".") for part in clouds.relative_to(root).parts):
+                drives.append(clouds.parent)
+    if not drives:
+        layouts = "KITTI object (training/, testing/) nor KITTI raw (DATE/DATE_drive_NNNN_sync/)"
+        raise BadInput(f"{root}: neither {layouts} lies here")
+    drives.sort()
+    return _listed_drives(root, splits, drives, flag) if splits else drives
+
+
+def _listed_drives(root, splits, drives, flag):
+    by_name = {_drive_name(drive.absolute()): drive for drive in drives}
+    listed = []
+    for split in splits:
+        listing = _listing(root, split)
+        if not os.path.lexists(listing):
+            advice = " (--splits without a name takes all drives)" if flag == "--splits" else ""
+            raise BadInput(f"{listing}: missing; it lists the drives of {flag} {split}, one a line{advice}")
+        for number, word in _words(listing, split):
+            if _drive_name(word) not in by_name:
+                raise BadInput(f"{listing}: line {number}, {word!r}: no such drive in {root}")
+            listed.append(by_name[_drive_name(word)])
+    return listed
+
+
+def _drive_name(path):
+    """Lists give a drive with its date's folder or without, with _sync at its end or without."""
+    return Path(path).name.removesuffix("_sync")
 
 
 # -----------------------------------------------------------------------------
@@ -161,7 +272,7 @@ def read_object_calib(path):
     """LiDAR metres to pixels of the left colour camera, float64 (3, 4), from an object frame's calib file."""
     calib = _read_calib(path)
     p2, r0 = _entry(path, calib, "P2", (3, 4)), _entry(path, calib, "R0_rect", (3, 3))
-    return p2 @ _to_4x4(r0) @ _to_4x4(_entry(path, calib, "Tr_velo_to_cam", (3, 4)))
+    return _projection(path, p2 @ _to_4x4(r0) @ _to_4x4(_entry(path, calib, "Tr_velo_to_cam", (3, 4))))
 
 
 @functools.cache
@@ -170,20 +281,36 @@ def read_raw_calib(cam_to_cam, velo_to_cam):
     cameras, velodyne = _read_calib(cam_to_cam), _read_calib(velo_to_cam)
     p2, r0 = _entry(cam_to_cam, cameras, "P_rect_02", (3, 4)), _entry(cam_to_cam, cameras, "R_rect_00", (3, 3))
     rotation, translation = _entry(velo_to_cam, velodyne, "R", (3, 3)), _entry(velo_to_cam, velodyne, "T", (3, 1))
-    return p2 @ _to_4x4(r0) @ _to_4x4(np.hstack([rotation, translation]))
+    return _projection(cam_to_cam, p2 @ _to_4x4(r0) @ _to_4x4(np.hstack([rotation, translation])))
 
 
 def _read_calib(path):
-    return dict(line.split(":", 1) for line in read_text(path).splitlines() if ":" in line)
+    """{key: text} of the lines `key: numbers`. Raises BadInput for a key that is there twice, with other numbers."""
+    calib = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        key, colon, values = (part.strip() for part in line.partition(":"))
+        if colon and calib.setdefault(key, values) != values:
+            raise BadInput(f"{path}: line {number} gives another {key} than a line before it")
+    return calib
 
 
 def _entry(path, calib, key, shape):
     if key not in calib:
-        raise BadInput(f"{path}: no {key}")
+        raise BadInput(f"{path}: no {key} in it (but {', '.join(list(calib)[:9]) or 'nothing'})")
     try:
-        return np.array(calib[key].split(), np.float64).reshape(shape)
+        matrix = np.array(calib[key].split(), np.float64).reshape(shape)
     except ValueError:
         raise BadInput(f"{path}: {key} is not {shape[0]}x{shape[1]} numbers") from None
+    if not np.isfinite(matrix).all():
+        raise BadInput(f"{path}: {key} holds NaN or infinite numbers")
+    return matrix
+
+
+def _projection(path, lidar2img):
+    """lidar2img itself. Raises BadInput where it maps space to no plane."""
+    if np.linalg.matrix_rank(lidar2img[:, :3]) < 3:
+        raise BadInput(f"{path}: its matrices do not make a projection (singular)")
+    return lidar2img
 
 
 def _to_4x4(matrix):
@@ -212,7 +339,7 @@ def read_labels(path, dont_care=False):
     radians, of camera 0, rectified. Raises BadInput for a line that is no label.
     """
     types, numbers = [], []
-    for i, words in enumerate(map(str.split, read_text(path).splitlines()), start=1):
+    for i, words in enumerate(map(str.split, read_lines(path)), start=1):
         try:
             values = [float(word) for word in words[1:15]]
         except ValueError:

@@ -34,7 +34,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import data
-from files import BadInput, writing
+from files import BadInput, why_unread, writing
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")  # clockwise
 LIDAR = "LIDAR_TOP"
@@ -199,10 +199,16 @@ class Frames(collections.abc.Sequence):
         return Frame(name, Path(image), Path(cloud), tables.calib, RIG, drive, **place)
 
 
-def find_frames(
+def find_frames(*args, **kwargs):
+    """The frames of `pool_frames`, without its notes."""
+    return pool_frames(*args, **kwargs)[0]
+
+
+def pool_frames(
     roots, splits=("train",), cameras=CAMERAS, version="auto", frame_stride=1, skip_missing=False, flag="--splits"
 ):
-    """The frames of `splits` (of SPLITS) under each of the roots, sample by sample in the tables' order. -> Frames.
+    """Frames of `splits` (of SPLITS) under each root, sample by sample in the tables' order. -> Frames, and notes to
+    print.
 
     version: of the tables, a folder's name; auto takes the one that a split is of. frame_stride keeps every n-th
     sample; they are half a second apart. skip_missing leaves out frames that lack an image or a cloud. flag: what the
@@ -214,7 +220,7 @@ def find_frames(
     if unknown or not cameras:
         raise BadInput(f"--cameras {' '.join(unknown)}: must be of {', '.join(CAMERAS)}")
     columns = [CAMERAS.index(camera) for camera in dict.fromkeys(cameras)]
-    every, cells = [], []
+    every, cells, notes = [], [], []
     for root in dict.fromkeys(roots):
         for split in dict.fromkeys(splits):
             tables = open_tables(root, version_of(root, split, version, flag))
@@ -223,12 +229,15 @@ def find_frames(
             found = _on_disk(tables, grid, skip_missing)
             if not len(found):
                 raise BadInput(f"{tables.folder}: no frames of {flag} {split}{_of_many(tables, grid)}")
+            if len(found) < len(grid):
+                left_out = f"{len(grid) - len(found)} without image or cloud left out"
+                notes.append(f"note: {tables.folder}: {len(found)} frames of {flag} {split}, {left_out}")
             if tables not in every:
                 every.append(tables)
             cells.append(np.insert(found, 0, every.index(tables), axis=1))
     if not cells:
         raise BadInput(f"{flag}: none given; it takes {', '.join(SPLITS)}")
-    return Frames(every, np.concatenate(cells).astype(np.int32))
+    return Frames(every, np.concatenate(cells).astype(np.int32)), notes
 
 
 def _on_disk(tables, cells, skip_missing):
@@ -371,7 +380,7 @@ def _size_and_time(path):
     try:
         status = path.stat()
     except OSError as e:
-        raise BadInput(f"{path}: missing, a table of nuScenes ({e.strerror})") from None
+        raise BadInput(f"{path}: {why_unread(path, e, 'missing')}; it is a table of nuScenes") from None
     return status.st_size, status.st_mtime_ns
 
 
@@ -407,7 +416,7 @@ def read_rows(path):
                     continue
                 yield row
     except OSError as e:
-        raise BadInput(f"{path}: not readable ({e.strerror})") from None
+        raise BadInput(f"{path}: {why_unread(path, e)}") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not text") from None
     if not is_list or text[place:].strip() != "]":

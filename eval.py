@@ -1,108 +1,152 @@
 """Is it learning, and is it right: figures on frames never trained on, and pictures.
 
     python eval.py match out/demo/last.pt --control out/wrong/last.pt       # does a place point out its own pixel?
-    python eval.py probe out/demo/last.pt --also imagenet.pth               # how much depth can be read off the features?
+    python eval.py probe out/demo/last.pt --also imagenet.pth               # how much depth is in its features?
     python eval.py show out/demo/last.pt --frame 3                          # four pictures of a frame
-    python eval.py depth out/depth_demo/last.pt                             # of finetune_depth.py: eval_depth.py says what
+    python eval.py depth out/depth_demo/last.pt                             # of finetune_depth.py; see eval_depth.py
+    python eval.py det3d out/det3d_demo/last.pt                             # of finetune_det3d.py; see eval_boxes.py
     python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
-feature is ranked among all of the frame's by its similarity to the place's point feature. Asked twice, of the right
+feature is ranked among all of the frame's by its similarity to the place's point feature. It asks twice, of the right
 image and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the pixel's
-position alone, which lowers both; only the gap between the two is what the network sees in the image.
+position alone, which lowers both. Only the gap between the two is what the network sees in the image.
 
 `probe` fits a ridge regression of log-depth on frozen features at the pixels of LiDAR points. Position, which every row
 has for free, explains most of it, and a network trained on wrong pairs lifts it nearly as much as one trained on true
-ones: so it is never shown without its baselines, and differences under .03 are noise.
+ones. So it is never shown without its baselines, and differences under .03 are noise.
+
+The figures themselves are functions of eval_match.py, eval_depth.py and eval_boxes.py.
 """
 
 import dataclasses
 import functools
+import os
+from json import dumps as dump_json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import data
 import data_depth
+import data_det3d
+import data_kitti
 import encoders
+import eval_boxes
 import eval_depth
 import eval_match
 import finetune_depth
+import finetune_det3d
 import pictures
+import pictures_boxes
 import runtime
 import simipu
 import weights
-from files import BadInput, read_checkpoint
+from files import BadInput, read_checkpoint, writing
 
 FEW = 8  # frames that batch norm statistics are taken from, for pictures
+MAX_SEED = 2**63 - 1  # torch takes no larger one
+
+
+# -----------------------------------------------------------------------------
+# what the commands share
+
+
+def at_least(low, **flags):
+    """Raises BadInput for the first of the flags whose number is below `low`. None is no number."""
+    for name, value in flags.items():
+        if value is not None and value < low:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be {low} or more")
+
+
+def make_folder(flag, folder):
+    """Raises BadInput, naming the flag, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--{flag} {folder}: {e.strerror or e}") from None
+
+
+class Trained(NamedTuple):
+    """A run of simipu.py."""
+
+    model: simipu.SimIPU  # in eval mode
+    c: simipu.Config
+    saved: dict  # all that its last.pt says
 
 
 def load_run(path, device="cpu"):
-    """A run's last.pt: the whole model, in eval mode, its Config, and all that the file says. Raises BadInput for any
-    other file.
-    """
+    """A run's last.pt -> Trained. Raises BadInput for any other file."""
     saved = read_checkpoint(path)
     c = runtime.config_of(saved, simipu.Config, path, "simipu.py")
     model = simipu.SimIPU(c)
     runtime.load_exactly(model, saved["model"], path, saved.get("git"))
-    return model.to(device).eval(), c, saved
+    return Trained(model.to(device).eval(), c, saved)
 
 
 def names_of(paths, taken=()):
     """{name for a table: path}: a run's folder, or a file, with as much of the path before it as makes all of them
-    different.
+    different from each other and from the names that are `taken`.
     """
     tails = [p.parent.parts if p.name in ("last.pt", "backbone.pt") else p.parts for p in paths]
-    for length in range(1, max(map(len, tails), default=0) + 1):
-        names = ["/".join(t[-length:]) for t in tails]
-        if len({*names, *taken}) == len(names) + len(taken) and not any(n.isdigit() for n in names):
+    longest = max(map(len, tails), default=0)
+    for length in range(1, longest + 1):
+        names = ["/".join(tail[-length:]) for tail in tails]
+        all_differ = len({*names, *taken}) == len(names) + len(taken)
+        if all_differ and not any(name.isdigit() for name in names):  # a seed alone says too little
             return dict(zip(names, paths))
-    return {str(p) if str(p) not in taken else f"{p} (2)": p for p in paths}
+    return {f"{path} (2)" if str(path) in taken else str(path): path for path in paths}
 
 
-def choose_frames(c, runs, data_root=(), splits=(), limit=0, frame_stride=1):
-    """The frames to judge on, by default the run's own --eval-splits. -> frames, notes to print: what the runs, {name:
-    contents of a last.pt}, were trained on is said. Raises BadInput for fewer than two.
+def choose_frames(c, data_root, splits, limit, frame_stride):
+    """The frames to judge on, by default those of --eval-splits of the run with Config c, at most `limit` of them.
+    Raises BadInput for fewer than two.
     """
-    if limit < 0 or frame_stride < 1:
-        raise BadInput(f"--frames {limit} --frame-stride {frame_stride}: must be above 0")
     if not (data_root or splits or c.eval_root or c.eval_splits):
         raise BadInput("--data-root, --splits: the run has no --eval-splits, so say which frames to judge on")
-    roots, splits = data_root or c.eval_root or c.data_root, splits or c.eval_splits
-    frames = simipu.find_frames(dataclasses.replace(c, frame_stride=frame_stride), roots, splits)
+    roots, named = data_root or c.eval_root or c.data_root, bool(splits)
+    strided = dataclasses.replace(c, frame_stride=frame_stride)
+    frames = simipu.find_frames(strided, roots, splits or c.eval_splits, named)
     frames = data.evenly_spread(frames, limit or c.eval_frames)
     if len(frames) < 2:
-        raise BadInput(
-            f"--data-root {' '.join(map(str, roots))}: {len(frames)} frames chosen; judging needs two or more, for the other frame's image"
-        )
+        where = f"--data-root {' '.join(map(str, roots))}"
+        need = "judging needs two or more, for the other frame's image"
+        raise BadInput(f"{where}: {len(frames)} frames chosen; {need}")
+    return frames
+
+
+def seen_in_training(frames, files):
+    """Notes to print about `files`, {name: contents of a last.pt}, that were trained on these frames, or on others of
+    their drives.
+    """
     notes = []
-    for name, saved in runs.items():
+    own_drives = {f.drive for f in frames}
+    for name, saved in files.items():
         seen = set(data.inventory(frames)) & set(saved.get("inventory", ()))
-        drives = {f.drive for f in frames} & set(saved.get("drives", ()))
+        drives = own_drives & set(saved.get("drives", ()))
+        where = None
         if seen:
-            notes.append(
-                f"note: {name} was trained on {len(seen)} of these {len(frames)} frames: its figures will flatter"
-            )
+            where = f"{len(seen)} of these {len(frames)} frames"
         elif drives:
-            notes.append(
-                f"note: {name} was trained on other frames of {len(drives)} of these drives, {min(drives)} among them: its figures will flatter"
-            )
-    return frames, notes
+            where = f"other frames of {len(drives)} of these drives, {min(drives)} among them"
+        if where:
+            notes.append(f"note: {name} was trained on {where}: its figures will flatter")
+    return notes
 
 
 # -----------------------------------------------------------------------------
-# commands
+# match
 
 
-def match_command(
-    checkpoints: tyro.conf.Positional[tuple[Path, ...]],
+def match(
+    checkpoints: tuple[Path, ...],
+    /,
     control: Path | None = None,
     data_root: tuple[str, ...] = (),
     splits: tuple[str, ...] = (),
-    frames: int = 0,
+    frames: int | None = None,
     frame_stride: int = 1,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ):
@@ -117,41 +161,60 @@ def match_command(
         frame_stride: Of the raw layout, keep every n-th frame of a drive.
         device: auto is the GPU if there is one.
     """
+    at_least(1, frames=frames, frame_stride=frame_stride)
     if not checkpoints:
         raise BadInput("match: no checkpoint given")
     device = runtime.start_run(device).device
-    loaded = {name: load_run(path, device) for name, path in names_of(checkpoints, ("random", "wrong pairs")).items()}
-    _, c, saved = next(iter(loaded.values()))
+    names = names_of(checkpoints, ("random", "wrong pairs"))
+    runs = {name: load_run(path, device) for name, path in names.items()}
+    first = next(iter(runs.values()))
     if control:
-        loaded = {"wrong pairs": load_run(control, device)} | loaded
-    chosen, notes = choose_frames(
-        c, {name: run[2] for name, run in loaded.items()}, data_root, splits, frames, frame_stride
-    )
-    for name, (_, other, _) in loaded.items():
-        differ = [
-            field for field in ("places", "num_points", "image_scale") if getattr(other, field) != getattr(c, field)
-        ]
-        if differ:
-            notes.append(f"note: {name} is judged with its own {', '.join(differ)}, others than the first run's")
-    if control:
-        _, wrong, budget = loaded["wrong pairs"]
-        if wrong.pairs != "wrong":
+        wrong = load_run(control, device)
+        if wrong.c.pairs != "wrong":
             raise BadInput(f"--control {control}: that run was not trained with --pairs wrong")
-        if budget["step"] * wrong.batch_size != saved["step"] * c.batch_size:
-            notes.append(
-                f"note: the control has seen {budget['step'] * wrong.batch_size} frames, the first run {saved['step'] * c.batch_size}"
-            )
-    rows = {"random": eval_match.match(simipu.untrained(c, device), chosen, c, device)}
-    rows |= {name: eval_match.match(model, chosen, c, device) for name, (model, c, _) in loaded.items()}
+        runs = {"wrong pairs": wrong} | runs
+    chosen = choose_frames(first.c, data_root, splits, frames, frame_stride)
+    notes = seen_in_training(chosen, {name: run.saved for name, run in runs.items()})
+    notes += other_settings(runs, first)
+    if control:
+        notes += other_budget(wrong, first)
+
+    rows = {"random": eval_match.match(simipu.untrained(first.c, device), chosen, first.c, device)}
+    for name, run in runs.items():
+        rows[name] = eval_match.match(run.model, chosen, run.c, device)
     print("\n".join(notes + eval_match.match_table(rows)))
 
 
-def probe_command(
-    checkpoint: tyro.conf.Positional[Path],
+def other_settings(runs, first):
+    """Notes to print about runs, {name: Trained}, that are not asked quite what the first one is."""
+    notes = []
+    for name, run in runs.items():
+        fields = ("places", "num_points", "image_scale")
+        differ = [field for field in fields if getattr(run.c, field) != getattr(first.c, field)]
+        if differ:
+            notes.append(f"note: {name} is judged with its own {', '.join(differ)}, others than the first run's")
+    return notes
+
+
+def other_budget(control, first):
+    """Notes to print where the control has not seen as much as the first run."""
+    control_saw, first_saw = (run.saved["step"] * run.c.batch_size for run in (control, first))
+    if control_saw == first_saw:
+        return []
+    return [f"note: the control has seen {control_saw} frames, the first run {first_saw}"]
+
+
+# -----------------------------------------------------------------------------
+# probe
+
+
+def probe(
+    checkpoint: Path,
+    /,
     also: tuple[Path, ...] = (),
     data_root: tuple[str, ...] = (),
     splits: tuple[str, ...] = (),
-    frames: int = 0,
+    frames: int | None = None,
     frame_stride: int = 1,
     points: int = 512,
     stage: Literal[0, 3, 4] = 0,
@@ -161,55 +224,60 @@ def probe_command(
     noise.
 
     Args:
-        checkpoint: A run's last.pt. also: Other weights of the same architecture, anything that --init takes:
-        imagenet.pth, the last.pt of a control. data_root: Folders with the frames; by default those of the run. splits:
-        Their splits; by default the run's --eval-splits. frames: At most so many, evenly spread; by default the run's
-        --eval-frames. frame_stride: Of the raw layout, keep every n-th frame of a drive. points: LiDAR points per
-        frame. stage: Of the image encoder. 0 is the last, or the one before where images have fewer than 128 rows.
+        checkpoint: A run's last.pt.
+        also: Other weights of the same architecture, anything that --init takes: imagenet.pth, a control's last.pt.
+        data_root: Folders with the frames; by default those of the run.
+        splits: Their splits; by default the run's --eval-splits.
+        frames: At most so many, evenly spread; by default the run's --eval-frames.
+        frame_stride: Of the raw layout, keep every n-th frame of a drive.
+        points: LiDAR points per frame.
+        stage: Of the image encoder. 0 is the last, or the one before where images have fewer than 128 rows.
         device: auto is the GPU if there is one.
     """
+    at_least(1, frames=frames, frame_stride=frame_stride, points=points)
     device = runtime.start_run(device).device
-    model, c, saved = load_run(checkpoint, device)
+    run = load_run(checkpoint, device)
+    c = run.c
     if not c.inter_weight:
         raise BadInput(f"{checkpoint}: trained without an image encoder (--inter-weight 0)")
-    names = names_of([checkpoint, *also], ("position", "random"))
-    files = {name: saved if path == checkpoint else read_checkpoint(path) for name, path in names.items()}
-    runs = {name: file for name, file in files.items() if isinstance(file, dict) and "inventory" in file}
-    chosen, notes = choose_frames(c, runs, data_root, splits, frames, frame_stride)
-    if points < 1:
-        raise BadInput(f"--points {points}: must be above 0")
+    own, *others = names_of([checkpoint, *also], ("position", "random")).items()
+    chosen = choose_frames(c, data_root, splits, frames, frame_stride)
     if len(chosen) < 3:
-        raise BadInput(
-            f"--frames {len(chosen)}: probing needs three frames or more, to fit, to choose the ridge's strength, and to score"
-        )
+        need = "probing needs three frames or more, to fit, to choose the ridge's strength, and to score"
+        raise BadInput(f"--frames {len(chosen)}: {need}")
+
     torch.manual_seed(c.seed)
-    networks = {next(iter(names)): model.img_backbone, "random": encoders.build_image_encoder(c.image_encoder).to(device)}
-    for name, path in list(names.items())[1:]:
-        networks[name] = encoders.build_image_encoder(c.image_encoder)
-        notes.append(weights.load_image_encoder(networks[name], path))
-        networks[name].to(device)
+    networks = {own[0]: run.model.img_backbone, "random": encoders.build_image_encoder(c.image_encoder).to(device)}
+    files, loaded = {own[0]: run.saved}, []
+    for name, path in others:
+        encoder = encoders.build_image_encoder(c.image_encoder)
+        loaded.append(weights.load_image_encoder(encoder, path))
+        networks[name], files[name] = encoder.to(device), contents_of_run(path)
     rows = eval_match.probe(networks, chosen, c, device, points, stage)
-    print(
-        "\n".join(
-            [
-                *notes,
-                f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each",
-                *eval_match.probe_table(rows),
-            ]
-        )
-    )
+    fitted = f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each"
+    print("\n".join([*seen_in_training(chosen, files), *loaded, fitted, *eval_match.probe_table(rows)]))
+
+
+def contents_of_run(path):
+    """Contents of a last.pt, {} of other weights. Raises BadInput for what cannot be read."""
+    saved = read_checkpoint(path)
+    return saved if isinstance(saved, dict) and "inventory" in saved else {}
+
+
+# -----------------------------------------------------------------------------
+# show
 
 
 def find_frame(frames, wanted):
     """Index of the frame that `wanted` (text) names: an index, a name such as training/000003, or the end of one name.
     Raises BadInput.
     """
-    named = [i for i, f in enumerate(frames) if wanted == f.name] or [
-        i for i, f in enumerate(frames) if f.name.endswith("/" + wanted)
-    ]
+    named = [i for i, f in enumerate(frames) if f.name == wanted]
+    if not named:
+        named = [i for i, f in enumerate(frames) if f.name.endswith(f"/{wanted}")]
     if len(named) == 1:
         return named[0]
-    if wanted in map(str, range(len(frames))) and not named:
+    if not named and wanted in map(str, range(len(frames))):
         return int(wanted)
     what = f"{len(named)} frames of that name" if named else "no such frame"
     raise BadInput(f"--frame {wanted}: {what}; there are 0 to {len(frames) - 1}, {frames[0].name} to {frames[-1].name}")
@@ -226,7 +294,7 @@ def show(
     pixel: tuple[float, float] | None = None,
     out: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
-) -> None:
+):
     """Four pictures of one frame: projection, pairs, features, similarity. No augmentation in the last two but the
     second view's.
 
@@ -243,79 +311,83 @@ def show(
     """
     if point is not None and pixel is not None:
         raise BadInput("--point and --pixel: give one of them")
+    if not 0 <= seed <= MAX_SEED:
+        raise BadInput(f"--seed {seed}: must be from 0 to {MAX_SEED}")
     model, c, _ = load_run(checkpoint)
     run = runtime.start_run(device, seed)
-    judged = c.eval_root or c.data_root if c.eval_splits or c.eval_root else c.data_root
-    roots, splits = [data_root] if data_root else judged, [split] if split else c.eval_splits or c.splits
-    if seed < 0:
-        raise BadInput(f"--seed {seed}: must be 0 or more")
-    frames = simipu.find_frames(c, roots, splits)
+    frames = frames_to_show(c, data_root, split)
     index = find_frame(frames, frame)
-    things = frames[index].rig.things
-    few = [i % len(frames) for i in range(index, index + min(len(frames), FEW))]  # as `match` does, from fewer frames
+    name, things = frames[index].name, frames[index].rig.things
     unseen = eval_match.Unseen(frames, c, run.device)
-    model = eval_match.recalibrated(model.to(run.device), unseen.groups(few), False)
+    few = [(index + i) % len(frames) for i in range(min(len(frames), FEW))]
+    model = eval_match.recalibrated(model.to(run.device), unseen.groups(few), False)  # as `match` does
 
-    # as training sees it, and as it is judged
-    sample = data.PretrainFrames(frames, dataclasses.replace(c, seed=seed, pairs="true"))[(0, index)]
-    if isinstance(sample, BadInput):
-        raise sample
-    box = data.random_image_scale(c.image_scale, seed, 0)
-    trained_on = data.augment(data.collate([sample]), box, run.device)
+    # the frame as training sees it, and as it is judged
+    augmented, how = augmented_frame(frames, index, c, seed, run.device)
     plain = unseen.batch([index])
-    found, (height, width) = pictures.embed(model, plain), plain["image"].shape[2:]
+    height, width = plain["image"].shape[2:]
+    found = pictures.embed(model, plain)
     place, chosen = pictures.choose_place(found, height, width, things, point, pixel)
+    x, y, z = found["places"][place].tolist()
+    at = f"x {x:.1f} m, y {y:.1f} m, z {z:.1f} m"
 
     # nothing was written so far: wrong input leaves no trace
-    name = frames[index].name
     folder = out or checkpoint.parent / "show" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {folder}: {e.strerror}") from None
-    pairs = functools.partial(simipu.match_places, method=c.matching)
-    old, new = sample["image"].shape[1::-1], trained_on["image"].shape[:1:-1]
-    scale = min(b / o for b, o in zip(box, old))
-    how = f"{name} as training sees it with seed {seed}: {old[0]} x {old[1]} pixels scaled by {scale:.2f}, "
-    left, top, size = sample["window"]
-    how += f"the part from {left:.0%}, {top:.0%} on of {size:.0%} of its edges, " * (size != 1 or any(c.shift))
-    how += f"{'mirrored' if sample['flip'] else 'not mirrored'}, padded to {new[0]} x {new[1]}"
-    at = "x {:.1f} m, y {:.1f} m, z {:.1f} m".format(*found["places"][place].tolist())
+    make_folder("out", folder)
+    match_places = functools.partial(simipu.match_places, method=c.matching)
+    question = f"{name}: what is like the place at {at} (star)?"
     said = {
-        "projection.png": pictures.draw_projection(trained_on, folder / "projection.png", how, things),
-        "pairs.png": pictures.draw_pairs(model, trained_on, folder / "pairs.png", pairs),
-        "features.png": pictures.draw_features(plain, found, folder / "features.png", name, pairs),
-        "similarity.png": pictures.draw_similarity(
-            plain, found, folder / "similarity.png", place, f"{name}: what is like the place at {at} (star)?"
-        ),
+        "projection.png": pictures.draw_projection(augmented, folder / "projection.png", f"{name} {how}", things),
+        "pairs.png": pictures.draw_pairs(model, augmented, folder / "pairs.png", match_places),
+        "features.png": pictures.draw_features(plain, found, folder / "features.png", name, match_places),
+        "similarity.png": pictures.draw_similarity(plain, found, folder / "similarity.png", place, question),
     }
     said["similarity.png"] += f" (place at {at}: {chosen})"
     print(f"{folder}/")
-    print("\n".join(f"  {picture:<15} {line}" for picture, line in said.items()))
+    for picture, line in said.items():
+        print(f"  {picture:<15} {line}")
 
 
-def load_depth_run(path, preset, device):
-    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of; a preset with a
-    last.pt says what other data it is to be judged on. -> model in eval mode, Config, names and sizes of the files it
-    was trained on. Raises BadInput for any other file.
-    """
-    saved = read_checkpoint(path)
-    if isinstance(saved, dict) and any(str(k).startswith("decode_head.") for k in saved.get("state_dict", ())):
-        if not preset:
-            raise BadInput(f"{path}: a checkpoint of the toolbox; --preset must say of what: kitti or nyu")
-        c, tensors = finetune_depth.PRESETS[preset][1], saved["state_dict"]
-    else:
-        c, tensors = runtime.config_of(saved, finetune_depth.Config, path, "finetune_depth.py"), saved["model"]
-        if preset:
-            own = {f: getattr(c, f) for f in ("image_encoder", "decoder_width", "image_scale", "max_depth")}
-            c = dataclasses.replace(finetune_depth.PRESETS[preset][1], **own)
-    model = finetune_depth.DepthNet(c)
-    runtime.load_exactly(model, tensors, path)
-    return model.to(device, memory_format=torch.channels_last).eval(), c, set(saved.get("inventory", ()))
+def frames_to_show(c, data_root, split):
+    """All frames of the split that was asked for, or of those that the run with Config c was judged on, or trained."""
+    roots, splits = c.data_root, c.eval_splits or c.splits
+    if c.eval_root:
+        roots = c.eval_root
+    if data_root:
+        roots = [data_root]
+    if split:
+        splits = [split]
+    return simipu.find_frames(c, roots, splits, named=bool(split))
 
 
-def depth_command(
-    source: tyro.conf.Positional[Path],
+def augmented_frame(frames, index, c, seed, device):
+    """A batch of one frame as training with this seed sees it, and in words what was done to it. Raises BadInput."""
+    dataset = data.PretrainFrames(frames, dataclasses.replace(c, seed=seed, pairs="true"))
+    sample = dataset[0, index]
+    if isinstance(sample, BadInput):
+        raise sample
+    box = data.random_image_scale(c.image_scale, seed, 0)
+    batch = data.augment(data.collate([sample]), box, device)
+
+    old_height, old_width = sample["image"].shape[:2]
+    height, width = batch["image"].shape[2:]
+    scale = min(box[0] / old_width, box[1] / old_height)
+    done = [f"{old_width} x {old_height} pixels scaled by {scale:.2f}"]
+    left, top, size = sample["window"]
+    if size != 1 or any(c.shift):
+        done.append(f"the part from {left:.0%}, {top:.0%} on of {size:.0%} of its edges")
+    done.append("mirrored" if sample["flip"] else "not mirrored")
+    done.append(f"padded to {width} x {height}")
+    return batch, f"as training sees it with seed {seed}: {', '.join(done)}"
+
+
+# -----------------------------------------------------------------------------
+# depth
+
+
+def depth(
+    source: Path,
+    /,
     preset: Literal["demo", "kitti", "nyu", "kitti_lidar"] | None = None,
     data_root: tuple[str, ...] = (),
     depth_root: str = "",
@@ -331,104 +403,192 @@ def depth_command(
 
     Args:
         source: last.pt of finetune_depth.py; a checkpoint of the depth toolbox; or a folder of 16-bit PNGs, one an
-        image, at its size or that
-            of KITTI's crop, metres times 256 (NYU: 1000).
+            image, at its size or that of KITTI's crop, metres times 256 (NYU: 1000).
         preset: Data set, crops and range of depth: of a folder's predictions, or the toolbox's checkpoint. A last.pt
-        has its own; with this it is
-            judged on another data set.
-        data_root: Folders of images; by default the run's, or the preset's. depth_root: Folder of ground truth; by
-        default the run's, or where --data-root is given, the same. splits: Split files, or names in ImageSets/; by
-        default the --eval-splits of the run or the preset. frames: At most so many images, evenly spread; 0 for all; by
-        default the run's --eval-frames. frame_stride: Of raw drives without split files: keep every n-th frame; by
-        default the run's. skip_missing: Leave out pairs that lack a file, instead of stopping at them. save: Folder to
-        write predictions to, as 16-bit PNGs at the images' size, and pictures of some beside their ground truth. drawn:
-        With --save, so many pictures, evenly spread. device: auto is the GPU if there is one.
+            has its own; with this it is judged on another data set.
+        data_root: Folders of images; by default the run's, or the preset's.
+        depth_root: Folder of ground truth; by default the run's, or where --data-root is given, the same.
+        splits: Split files, or names in ImageSets/; by default the --eval-splits of the run or the preset.
+        frames: At most so many images, evenly spread; 0 for all; by default the run's --eval-frames.
+        frame_stride: Of raw drives without split files: keep every n-th frame; by default the run's.
+        skip_missing: Leave out pairs that lack a file, instead of stopping at them.
+        save: Folder to write predictions to, as 16-bit PNGs at the images' size, and pictures of some beside their
+            ground truth.
+        drawn: With --save, so many pictures, evenly spread.
+        device: auto is the GPU if there is one.
     """
+    at_least(0, frames=frames, drawn=drawn)
+    at_least(1, frame_stride=frame_stride)
     run = runtime.start_run(device)
-    for flag, value, low in (("frames", frames, 0), ("frame-stride", frame_stride, 1), ("drawn", drawn, 0)):
-        if value is not None and value < low:
-            raise BadInput(f"--{flag} {value}: must be {low} or more")
-    if source.is_dir():
+    if os.path.isdir(source):
         if not preset:
-            raise BadInput(
-                f"{source}: a folder of predictions; --preset must say of what: {', '.join(finetune_depth.PRESETS)}"
-            )
+            presets = ", ".join(finetune_depth.PRESETS)
+            raise BadInput(f"{source}: a folder of predictions; --preset must say of what: {presets}")
         model, c, trained_on = None, finetune_depth.PRESETS[preset][1], set()
     else:
         model, c, trained_on = load_depth_run(source, preset, run.device)
-    roots, depth_root = data_root or c.eval_root or c.data_root, depth_root or ("" if data_root else c.depth_root)
     pairs, notes = data_depth.find_pairs(
         c.dataset,
-        roots,
-        depth_root,
+        data_root or c.eval_root or c.data_root,
+        depth_root or ("" if data_root else c.depth_root),
         splits or c.eval_splits,
         frame_stride or c.frame_stride,
         skip_missing or c.skip_missing,
+        named=bool(splits),
     )
-    pairs = data.evenly_spread(pairs, (c.eval_frames if frames is None else frames) or len(pairs))
+    limit = c.eval_frames if frames is None else frames
+    pairs = data.evenly_spread(pairs, limit or len(pairs))
     seen = len(trained_on & set(data.inventory(pairs)))
-    notes += (
-        [f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter"] if seen else []
-    )
+    if seen:
+        notes.append(f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter")
+
+    files = []
+    if not model:  # all of them at once: a missing one is known before the first is judged
+        files = [eval_depth.find_prediction(source, p.name, eval_depth.bts_names(p.name)) for p in pairs]
     scale = data_depth.SCALE[c.dataset]
     pictured = set(data.evenly_spread(range(len(pairs)), drawn))
-    paths = [
-        None if model else eval_depth.find_prediction(source, pair.name, eval_depth.bts_names(pair.name))
-        for pair in pairs
-    ]  # missing ones are known at once
-
     scored = []
-    loaded = tqdm(
-        runtime.ahead(lambda pair: eval_depth.load(pair, c), pairs), total=len(pairs), dynamic_ncols=True, mininterval=1
-    )
-    for i, ((image, truth), pair) in enumerate(zip(loaded, pairs)):
+    for i, (image, truth) in enumerate(eval_depth.load_all(pairs, c)):
         if model:
-            prediction, name = eval_depth.predict(model, image, c, run.device), pair.name
+            name = pairs[i].name
+            prediction = eval_depth.predict(model, image, c, run.device)
         else:
-            prediction, name = (
-                eval_depth.match_prediction(eval_depth.read_depth(paths[i], scale), truth.shape, paths[i]),
-                str(paths[i]),
-            )
+            name = str(files[i])
+            prediction = eval_depth.match_prediction(eval_depth.read_depth(name, scale), truth.shape, name)
         scored.append(eval_depth.score(prediction, truth, c, name))
         if save:
-            flat = pair.name.replace("/", "_") + ".png"
-            try:
-                (save / "pictures").mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise BadInput(f"--save {save}: {e.strerror}") from None
+            make_folder("save", save / "pictures")
+            flat = pairs[i].name.replace("/", "_") + ".png"
             eval_depth.write_depth(prediction, save / flat, scale)
             if i in pictured:
-                pictures.draw_depth(image, prediction, truth, save / "pictures" / flat, pair.name, c.max_depth)
-    print(
-        "\n".join(
-            [
-                *notes,
-                *eval_depth.report(
-                    c,
-                    {
-                        (source.resolve().parent if model else source.resolve()).name: eval_depth.summary(
-                            scored, [p.name for p in pairs]
-                        )
-                    },
-                ),
-            ]
-        )
-    )
+                pictures.draw_depth(image, prediction, truth, save / "pictures" / flat, pairs[i].name, c.max_depth)
+
+    folder = source.resolve().parent if model else source.resolve()
+    row = eval_depth.summary(scored, [p.name for p in pairs])
+    print("\n".join([*notes, *eval_depth.report(c, {folder.name: row})]))
     if save:
         print(f"wrote {len(pairs)} predictions and {len(pictured)} pictures into {save}/")
 
 
+def load_depth_run(path, preset, device):
+    """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of; a preset with a
+    last.pt says what other data it is to be judged on. -> model in eval mode, Config, names and sizes of the files it
+    was trained on. Raises BadInput for any other file.
+    """
+    saved = read_checkpoint(path)
+    theirs = saved.get("state_dict") if isinstance(saved, dict) else None
+    if isinstance(theirs, dict) and any(str(name).startswith("decode_head.") for name in theirs):
+        if not preset:
+            raise BadInput(f"{path}: a checkpoint of the toolbox; --preset must say of what: kitti or nyu")
+        c, tensors = finetune_depth.PRESETS[preset][1], theirs
+    else:
+        c, tensors = runtime.config_of(saved, finetune_depth.Config, path, "finetune_depth.py"), saved["model"]
+        if preset:
+            fields = ("image_encoder", "decoder_width", "image_scale", "max_depth")
+            own = {field: getattr(c, field) for field in fields}
+            c = dataclasses.replace(finetune_depth.PRESETS[preset][1], **own)
+    model = finetune_depth.DepthNet(c)
+    runtime.load_exactly(model, tensors, path)
+    return model.to(device, memory_format=torch.channels_last).eval(), c, set(saved.get("inventory", ()))
+
+
+def det3d(
+    source: Path,
+    /,
+    data_root: tuple[str, ...] = (),
+    splits: tuple[str, ...] = (),
+    frames: int | None = None,
+    skip_missing: bool = False,
+    save: Path | None = None,
+    drawn: int = 8,
+    json: Path | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+):
+    """KITTI's AP of a detector, or of anybody's result files: 2D, AOS, BEV and 3D; AP40 and AP11; objects that count.
+
+    Args:
+        source: last.pt of finetune_det3d.py; or a folder of KITTI result files, 000123.txt, 16 columns, the score last.
+        data_root: Folders in KITTI's object layout, with labels; by default the run's.
+        splits: Names in ImageSets/; by default the run's --eval-splits, or val.
+        frames: At most so many frames, evenly spread; 0 for all; by default the run's --eval-frames.
+        skip_missing: Leave out frames that lack an image or a cloud, instead of stopping at them.
+        save: Folder to write a detector's result files to, and pictures of some frames.
+        drawn: With --save, so many pictures, evenly spread.
+        json: File to write the figures to: {"Car": {"3d": {"AP40": [easy, moderate, hard], "AP11": ...}, ...}, ...}.
+        device: auto is the GPU if there is one.
+    """
+    at_least(0, frames=frames, drawn=drawn)
+    run = runtime.start_run(device)
+    if os.path.isdir(source):
+        if not data_root:
+            raise BadInput(f"{source}: a folder of result files; --data-root must say of what")
+        model, c, trained_on = None, finetune_det3d.Config(), set()
+    else:
+        model, c, trained_on = load_detector_run(source, run.device)
+    roots = data_root or c.eval_root or c.data_root
+    chosen = data_det3d.find_frames(roots, splits or c.eval_splits or ("val",), skip_missing or c.skip_missing)
+    limit = c.eval_frames if frames is None else frames
+    chosen = data.evenly_spread(chosen, limit or len(chosen))
+    seen = len(trained_on & set(data.inventory(chosen)))
+    if seen:
+        print(f"note: {source} was trained on {seen} of these {len(chosen)} frames: its figures will flatter")
+
+    results = detect(model, chosen, c, run, save, drawn) if model else find_results(source, chosen)
+    truths = [data_kitti.read_labels(f.label, dont_care=True) for f in chosen]
+    found = eval_boxes.evaluate(truths, results)
+    judged = sum(result is not None for result in results)
+    print("\n".join(eval_boxes.table(found, judged, published=eval_boxes.is_standard(chosen))))
+    if json:
+        with writing(json) as temporary:
+            temporary.write_text(dump_json(found, indent=1) + "\n")
+    if save and model:
+        print(f"wrote {len(results)} result files and {min(drawn, len(results))} pictures into {save}/")
+
+
+def load_detector_run(path, device):
+    """finetune_det3d's last.pt -> model in eval mode, Config, names and sizes of the files it was trained on.
+
+    Raises BadInput for any other file.
+    """
+    saved = read_checkpoint(path)
+    c = runtime.config_of(saved, finetune_det3d.Config, path, "finetune_det3d.py")
+    model = finetune_det3d.Detector(c)
+    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
+    return model.to(device).eval(), c, set(saved.get("inventory", ()))
+
+
+def find_results(folder, frames):
+    """Result files of frames in a folder, by the frames' numbers -> results, None for frames that have no file."""
+    files = {path.stem: path for path in folder.glob("*.txt") if not path.name.startswith(".")}
+    found = [files.get(frame.cloud.stem) for frame in frames]
+    if not any(found):
+        raise BadInput(f"{folder}: no result file of the {len(frames)} frames, such as {frames[0].cloud.stem}.txt")
+    return [eval_boxes.read_results(path) if path else None for path in found]
+
+
+def detect(model, frames, c, run, save, drawn):
+    """-> results of all frames. With `save`, a folder, they are written there, and pictures of some frames."""
+    pictured = set(data.evenly_spread(range(len(frames)), drawn)) if save else set()
+    if save:
+        make_folder("save", save / "pictures")
+    results = []
+    found = eval_boxes.detections(model, frames, range(len(frames)), c, run.device)
+    for i, boxes in enumerate(tqdm(found, "judging", len(frames), dynamic_ncols=True, mininterval=1)):
+        frame = frames[i]
+        results.append(eval_boxes.as_results(frame, eval_boxes.image_size(frame), *boxes))
+        if save:
+            eval_boxes.write_results(save / f"{frame.cloud.stem}.txt", *results[-1])
+        if i in pictured:
+            scene = data_det3d.read_scene(frame, c.keep_rows)
+            pictures_boxes.draw_boxes(scene, *boxes, save / "pictures" / f"{frame.cloud.stem}.png", frame.name)
+    return results
+
+
+COMMANDS = {"match": match, "probe": probe, "show": show, "depth": depth, "det3d": det3d, "export": weights.export}
+
+
 def main():
-    runtime.commands(
-        {
-            "match": match_command,
-            "probe": probe_command,
-            "show": show,
-            "depth": depth_command,
-            "export": weights.export,
-        },
-        __doc__,
-    )
+    runtime.commands(COMMANDS, __doc__)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,18 @@ The rules are those of KITTI's devkit (Geiger et al. 2012; 40 points: Simonelli 
 that its C++ prints. Wrong input raises `BadInput`, one line.
 """
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import data_det3d
 import data_kitti
 import ops_boxes
-import pictures
+import pictures_boxes
 import runtime
 from files import BadInput, writing
 
@@ -349,12 +351,19 @@ def _percent(column, i, asked):
 # -----------------------------------------------------------------------------
 # a detector's figures
 
+VAL_SPLIT = "94a5da87d7a4f0ea"  # data.fingerprint of the sorted names of the 3769 frames that papers judge on
+
+
+def is_standard(frames):
+    """Whether these are KITTI's val split (Chen et al. 2015), which published figures are of."""
+    return data.fingerprint(sorted(f.name for f in frames)) == VAL_SPLIT
+
 
 def judging_box(c):
-    """The size (width, height) that images are judged at: the training size, or the middle of its range."""
+    """The size (width, height) that images are judged at: the training size, or its range's geometric middle."""
     if len(c.image_scale) == 2:
         return tuple(c.image_scale)
-    return tuple((low + high) // 2 for low, high in zip(c.image_scale, c.image_scale[2:]))
+    return tuple(round(math.sqrt(low * high)) for low, high in zip(c.image_scale, c.image_scale[2:]))
 
 
 @torch.no_grad()
@@ -426,4 +435,4 @@ def draw(model, frames, c, device, path):
     most = max(range(len(frames)), key=lambda i: len(data_kitti.read_labels(frames[i].label)[0]))
     ((boxes, scores, classes),) = detections(model.eval(), frames, [most], c, device)
     scene = data_det3d.read_scene(frames[most], c.keep_rows)
-    return pictures.draw_det3d(scene, boxes, scores, classes, path, frames[most].name)
+    return pictures_boxes.draw_boxes(scene, boxes, scores, classes, path, frames[most].name)

@@ -1,14 +1,13 @@
 """Depth maps beside ground truth, scored as papers on KITTI and NYU Depth do, and as KITTI's depth benchmark does.
 
-    python eval.py depth out/depth_kitti/last.pt --save predictions                             # a network's
-    python eval.py depth predictions --preset kitti --data-root data/kitti_raw                  # anybody's, from 16-bit PNGs
+    python eval.py depth out/depth_kitti/last.pt --save predictions                     # a network's
+    python eval.py depth predictions --preset kitti --data-root data/kitti_raw          # anybody's, from 16-bit PNGs
 
 Maps are float metres (H, W), in files 16-bit PNGs of metres x 256 (KITTI) or x 1000 (NYU). Ground truth is 0 where
 there is none. A figure is one image's first, then the mean over images. Two protocols, which are not to be mixed:
 
     Eigen style   `eigen_metrics`: ground truth within a range of depths and a crop, predictions clipped to that range;
-    KITTI's
-                  maps are cut by `kb_crop` before. What papers print, and `PUBLISHED` has.
+                  KITTI's maps are cut by `kb_crop` before. This is what papers print, and `PUBLISHED` has.
     benchmark     `benchmark_metrics`: all ground truth, as it is, by the leaderboard's names and units.
 
 The first agrees, on real maps and to 2e-7, with Monocular-Depth-Estimation-Toolbox, which SimIPU's depth results were
@@ -30,71 +29,37 @@ import runtime
 from data_depth import KB, kb_window
 from files import BadInput, writing
 
-CROPS = {
-    "kitti": "garg",
-    "kitti_lidar": "garg",
-    "nyu": "eigen",
-    "scenes": "none",
-}  # where ground truth counts, by data set
+# where ground truth counts, by data set
+CROPS = {"kitti": "garg", "kitti_lidar": "garg", "nyu": "eigen", "scenes": "none"}
+# Garg's crop: rows from, to, columns from, to, as shares of the edges
+GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)
+
 # what papers report: data.fingerprint of the sorted names of Eigen's 652 images with ground truth, and of NYU's 654;
 # range of depth
 STANDARD = {"kitti": ("b2603830d8f27010", 1e-3, 80), "nyu": ("b69a1438e6b67601", 1e-3, 10)}
-EIGEN = (
-    "a1",
-    "a2",
-    "a3",
-    "abs_rel",
-    "sq_rel",
-    "rmse",
-    "rmse_log",
-    "silog",
-    "log10",
-)  # of 1: a1 to a3, abs_rel; metres: sq_rel, rmse; silog x 100
-BENCHMARK = (
-    "SILog",
-    "absErrorRel",
-    "sqErrorRel",
-    "iRMSE",
-)  # the leaderboard's names: x 100, %, % (over squared ground truth), 1/km
-GARG = (
-    0.40810811,
-    0.99189189,
-    0.03594771,
-    0.96405229,
-)  # Garg's crop: rows from, to, columns from, to, as shares of the edges
 
-# Last lines of the official logs (configs/simipu/resources/logs): one run each, ResNet-50, 24 epochs, flip test-time
-# augmentation
-PUBLISHED = {
+# of 1: a1 to a3, abs_rel; metres: sq_rel, rmse; silog x 100
+EIGEN = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "silog", "log10")
+# the leaderboard's names: x 100, %, % (over squared ground truth), 1/km
+BENCHMARK = ("SILog", "absErrorRel", "sqErrorRel", "iRMSE")
+
+# Last lines of the official logs (configs/simipu/resources/logs), in the order of EIGEN: one run each, ResNet-50, 24
+# epochs, flip test-time augmentation
+LOGS = {
     "kitti": {
-        "published, scratch": dict(
-            zip(EIGEN, (0.90924, 0.98157, 0.99579, 0.08693, 0.38533, 3.2793, 0.13353, 12.3282, 0.03825))
-        ),
-        "published, SimIPU on KITTI": dict(
-            zip(EIGEN, (0.93100, 0.98772, 0.99699, 0.07546, 0.31195, 2.9595, 0.11704, 10.7722, 0.03324))
-        ),
-        "published, SimIPU on Waymo": dict(
-            zip(EIGEN, (0.94520, 0.99177, 0.99805, 0.06656, 0.25009, 2.6697, 0.10372, 9.4962, 0.02943))
-        ),
-        "published, ImageNet labels": dict(
-            zip(EIGEN, (0.95797, 0.99418, 0.99891, 0.05987, 0.20547, 2.4544, 0.09314, 8.5474, 0.02652))
-        ),
+        "published, scratch": (0.90924, 0.98157, 0.99579, 0.08693, 0.38533, 3.2793, 0.13353, 12.3282, 0.03825),
+        "published, SimIPU on KITTI": (0.93100, 0.98772, 0.99699, 0.07546, 0.31195, 2.9595, 0.11704, 10.7722, 0.03324),
+        "published, SimIPU on Waymo": (0.94520, 0.99177, 0.99805, 0.06656, 0.25009, 2.6697, 0.10372, 9.4962, 0.02943),
+        "published, ImageNet labels": (0.95797, 0.99418, 0.99891, 0.05987, 0.20547, 2.4544, 0.09314, 8.5474, 0.02652),
     },
     "nyu": {
-        "published, scratch": dict(
-            zip(EIGEN, (0.67276, 0.90709, 0.97416, 0.20469, 0.18202, 0.6619, 0.24816, 20.7970, 0.08529))
-        ),
-        "published, SimIPU on KITTI": dict(
-            zip(EIGEN, (0.72909, 0.93235, 0.98318, 0.17751, 0.14427, 0.5862, 0.21862, 18.0709, 0.07476))
-        ),
-        "published, SimIPU on Waymo": dict(
-            zip(EIGEN, (0.76302, 0.94303, 0.98518, 0.16581, 0.13051, 0.5462, 0.20414, 16.9259, 0.06923))
-        ),
-        "published, ImageNet labels": dict(
-            zip(EIGEN, (0.81541, 0.96189, 0.99150, 0.14292, 0.09731, 0.4810, 0.17829, 14.7621, 0.06038))
-        ),
+        "published, scratch": (0.67276, 0.90709, 0.97416, 0.20469, 0.18202, 0.6619, 0.24816, 20.7970, 0.08529),
+        "published, SimIPU on KITTI": (0.72909, 0.93235, 0.98318, 0.17751, 0.14427, 0.5862, 0.21862, 18.0709, 0.07476),
+        "published, SimIPU on Waymo": (0.76302, 0.94303, 0.98518, 0.16581, 0.13051, 0.5462, 0.20414, 16.9259, 0.06923),
+        "published, ImageNet labels": (0.81541, 0.96189, 0.99150, 0.14292, 0.09731, 0.4810, 0.17829, 14.7621, 0.06038),
     },
-}
+}  # fmt: skip
+PUBLISHED = {dataset: {name: dict(zip(EIGEN, row)) for name, row in rows.items()} for dataset, rows in LOGS.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -140,12 +105,15 @@ def scored_pixels(prediction, truth, counts, name):
     return p, gt
 
 
+def size_of(depth):
+    """A map's size in words."""
+    return " x ".join(map(str, depth.shape))
+
+
 def check_sizes(prediction, truth, name):
     if prediction.ndim != 2 or prediction.shape != truth.shape:
-        sizes = [" x ".join(map(str, m.shape)) for m in (prediction, truth)]
-        raise BadInput(
-            f"{name}: prediction is {sizes[0]} (height x width), ground truth {sizes[1]}; must be two maps of one size"
-        )
+        sizes = f"prediction is {size_of(prediction)} (height x width), ground truth {size_of(truth)}"
+        raise BadInput(f"{name}: {sizes}; must be two maps of one size")
 
 
 def scale_invariant(d):
@@ -198,10 +166,10 @@ def benchmark_metrics(prediction, truth, name="prediction"):
     if not counts.any():
         return None
     p, gt = scored_pixels(prediction, truth, counts, name)
-    if (p <= 0).any():
-        raise BadInput(
-            f"{name}: prediction 0 or negative at {(p <= 0).sum()} of the {len(p)} pixels with ground truth; the benchmark takes logarithms of it"
-        )
+    low = (p <= 0).sum()
+    if low:
+        where = f"prediction 0 or negative at {low} of the {len(p)} pixels with ground truth"
+        raise BadInput(f"{name}: {where}; the benchmark takes logarithms of it")
     found = {
         "SILog": scale_invariant(np.log(p) - np.log(gt)),
         "absErrorRel": 100 * np.mean(np.abs(gt - p) / gt),
@@ -218,7 +186,8 @@ def mean_over_images(rows):
     scored = [row for row in rows if row is not None]
     if not scored:
         raise BadInput(f"no ground truth that counts in any of the {len(rows)} images")
-    return {k: float(np.mean([row[k] for row in scored])) for k in scored[0]}, len(scored), len(rows) - len(scored)
+    means = {k: float(np.mean([row[k] for row in scored])) for k in scored[0]}
+    return means, len(scored), len(rows) - len(scored)
 
 
 # -----------------------------------------------------------------------------
@@ -255,10 +224,8 @@ def match_prediction(prediction, truth_shape, path):
     if prediction.shape == (height, width):
         return prediction
     if prediction.shape != KB or height < KB[0] or width < KB[1]:
-        size = " x ".join(map(str, prediction.shape))
-        raise BadInput(
-            f"{path}: {size} (height x width), ground truth is {height} x {width}; must be that, or KITTI's crop of it, {KB[0]} x {KB[1]}"
-        )
+        sizes = f"{size_of(prediction)} (height x width), ground truth is {height} x {width}"
+        raise BadInput(f"{path}: {sizes}; must be that, or KITTI's crop of it, {KB[0]} x {KB[1]}")
     return fill_border(prediction, kb_window(height, width), truth_shape)
 
 
@@ -279,8 +246,9 @@ def find_prediction(folder, name, also=()):
                 return path
     if not Path(folder).is_dir():
         raise BadInput(f"{folder}: no such folder, to find {name}.png in")
-    others = sorted({stem.replace("/", "_") for stem in stems} - {name})
-    raise BadInput(f"{folder}: no {name}.png in it" + f", nor {'.png, '.join(others)}.png" * bool(others))
+    others = sorted({f"{stem.replace('/', '_')}.png" for stem in stems} - {f"{name}.png"})
+    nor = f", nor {', '.join(others)}" if others else ""
+    raise BadInput(f"{folder}: no {name}.png in it{nor}")
 
 
 def bts_names(name):
@@ -288,50 +256,58 @@ def bts_names(name):
     benchmark).
     """
     parts = name.split("/")
-    return [f"{parts[-4]}_{parts[-1]}", f"{parts[-4]}_image_{parts[-1]}_{parts[-3]}"] if len(parts) >= 4 else []
+    if len(parts) < 4:
+        return []
+    drive, camera, frame = parts[-4], parts[-3], parts[-1]
+    return [f"{drive}_{frame}", f"{drive}_image_{frame}_{camera}"]
 
 
 # -----------------------------------------------------------------------------
 # table
+
+DIGITS = {"a1": 3, "a2": 3, "a3": 3, "abs_rel": 4, "sq_rel": 4, "rmse": 3, "rmse_log": 4, "silog": 2, "log10": 4}
 
 
 def depth_table(rows, images):
     """Lines of text for {name: {one of EIGEN: figure}}, scored on so many images. A figure that a row lacks is a
     dash.
     """
-    digits = {"a1": 3, "a2": 3, "a3": 3, "abs_rel": 4, "sq_rel": 4, "rmse": 3, "rmse_log": 4, "silog": 2, "log10": 4}
     width = max(map(len, rows))
+    on = "1 image" if images == 1 else f"{images} images"
     lines = [
-        f"depth on {images} image{'s' * (images != 1)}: a1 to a3 are better higher, all others lower; sq_rel and rmse in metres",
-        " ".join([" " * width, *(f"{k:>8}" for k in EIGEN)]),
+        f"depth on {on}: a1 to a3 are better higher, all others lower; sq_rel and rmse in metres",
+        " ".join([f"{'':>{width}}", *(f"{k:>8}" for k in EIGEN)]),
     ]
-    for name, r in rows.items():
-        lines.append(
-            " ".join([f"{name:>{width}}", *(f"{r[k]:8.{digits[k]}f}" if k in r else f"{'-':>8}" for k in EIGEN)])
-        )
+    for name, figures in rows.items():
+        cells = [f"{figures[k]:.{DIGITS[k]}f}" if k in figures else "-" for k in EIGEN]
+        lines.append(" ".join([f"{name:>{width}}", *(f"{cell:>8}" for cell in cells)]))
     return lines
 
 
 def report(c, rows):
-    """Lines of text for {name: result of `judge`}; the published rows too, where the test split is the one they are
-    of.
+    """Lines of text for {name: result of `summary`}; the published rows too, where the test split is the one they are
+    of. c: finetune_depth.Config.
     """
     first = next(iter(rows.values()))
-    known = PUBLISHED[c.dataset] if STANDARD.get(c.dataset) == (first["names"], c.min_depth, c.max_depth) else {}
-    lines = depth_table({name: r["eigen"] for name, r in rows.items()} | known, first["images"])
-    lines[0] += (
-        f"; {c.min_depth:g} to {c.max_depth:g} m, crop {CROPS[c.dataset]}"
-        + f"; {first['left_out']} left out, without ground truth" * (first["left_out"] > 0)
-    )
-    for name, r in rows.items():
-        figures = ", ".join(f"{k} {r['benchmark'][k]:.2f}" for k in BENCHMARK) if r["benchmark"] else "not to be had"
-        zeros = f"; without {r['zeros']} images where a prediction is 0" * (r["zeros"] > 0)
-        lines.append(f"{name}, as KITTI's benchmark (no range, no crop): {figures}{zeros}")
+    table = {name: found["eigen"] for name, found in rows.items()}
+    if STANDARD.get(c.dataset) == (first["names"], c.min_depth, c.max_depth):
+        table |= PUBLISHED[c.dataset]
+    title, *lines = depth_table(table, first["images"])
+    title += f"; {c.min_depth:g} to {c.max_depth:g} m, crop {CROPS[c.dataset]}"
+    if first["left_out"]:
+        title += f"; {first['left_out']} left out, without ground truth"
+    lines = [title, *lines]
+    for name, found in rows.items():
+        figures = ", ".join(f"{k} {v:.2f}" for k, v in found["benchmark"].items()) or "not to be had"
+        line = f"{name}, as KITTI's benchmark (no range, no crop): {figures}"
+        if found["zeros"]:
+            line += f"; without {found['zeros']} images where a prediction is 0"
+        lines.append(line)
     return lines
 
 
 # -----------------------------------------------------------------------------
-# a network's predictions
+# a network's predictions, and their figures
 
 
 @torch.no_grad()
@@ -346,22 +322,26 @@ def predict(model, image, c, device):
     size = data_depth.resized((width, height), c.image_scale)
     A = torch.from_numpy(data_depth.resizing((width, height), size))[None]
     pixels = torch.from_numpy(seen).to(device).permute(2, 0, 1)[None]
-    x = data.warp_images(pixels, torch.tensor([[width, height]]), A, torch.eye(3, 4)[None], size)
+    own_colours = torch.eye(3, 4)[None]
+    x = data.warp_images(pixels, torch.tensor([[width, height]]), A, own_colours, size)
     with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
         depth = model.depth(torch.cat([x, x.flip(3)])).clamp(c.min_depth, c.max_depth)
     depth = F.interpolate(depth, (height, width), mode="bilinear", align_corners=True)[:, 0]
-    return fill_border(((depth[0] + depth[1].flip(1)) / 2).cpu().numpy(), part, image.shape[:2])
+    mean = (depth[0] + depth[1].flip(1)) / 2
+    return fill_border(mean.cpu().numpy(), part, image.shape[:2])
 
 
 def score(prediction, truth, c, name):
-    """Both protocols' figures of one image, each None without ground truth, the benchmark's also where a prediction for
-    ground truth is 0, as in maps that are padded with it: True says so. prediction, truth: metres (H, W), whole
-    images.
+    """Both protocols' figures of one image. prediction, truth: metres (H, W), whole images.
+
+    -> eigen_metrics, benchmark_metrics, each None without ground truth; and whether a prediction for ground truth is 0,
+    as in maps that are padded with it: then the benchmark's are None, too.
     """
     part = data_depth.without_border(c.dataset, *truth.shape, training=False)
     eigen = eigen_metrics(prediction[part], truth[part], c.min_depth, c.max_depth, CROPS[c.dataset], name)
     zero = bool((prediction[truth > 0] == 0).any())
-    return eigen, None if zero else benchmark_metrics(prediction, truth, name), zero
+    benchmark = None if zero else benchmark_metrics(prediction, truth, name)
+    return eigen, benchmark, zero
 
 
 def summary(scored, names):
@@ -370,15 +350,13 @@ def summary(scored, names):
     """
     eigens, benchmarks, zeros = zip(*scored)
     eigen, images, left_out = mean_over_images(eigens)
-    benchmark = mean_over_images(benchmarks)[0] if any(benchmarks) else {}
-    kept = sorted(name for name, e in zip(names, eigens) if e)
     return {
         "eigen": eigen,
-        "benchmark": benchmark,
+        "benchmark": mean_over_images(benchmarks)[0] if any(benchmarks) else {},
         "images": images,
         "left_out": left_out,
         "zeros": sum(zeros),
-        "names": data.fingerprint(kept),
+        "names": data.fingerprint(sorted(name for name, counted in zip(names, eigens) if counted)),
     }
 
 
@@ -395,28 +373,30 @@ def load(pair, c):
     return image, depth.astype(np.float32) / np.float32(data_depth.SCALE[c.dataset])
 
 
+def load_all(pairs, c, title=None, **bar):
+    """`load` of each pair, in order, read a few ahead, beside a bar of progress (**bar: tqdm's options)."""
+    loaded = runtime.ahead(lambda pair: load(pair, c), pairs)
+    return tqdm(loaded, title, len(pairs), dynamic_ncols=True, mininterval=1, **bar)
+
+
 def judge(model, pairs, c, run):
     """A network's figures on pairs, on every rank; each takes its share. -> result of `summary`. The model is left in
     eval mode, and with rank 0's batch statistics, which are those that a checkpoint holds.
     """
     runtime.follow_main(model, run)
     model.eval()
-    scored, mine = [], range(run.rank, len(pairs), run.world)
-    loaded = tqdm(
-        runtime.ahead(lambda i: load(pairs[i], c), mine),
-        "judging",
-        len(mine),
-        disable=not run.main,
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=1,
-    )
+    mine = range(run.rank, len(pairs), run.world)
+    loaded = load_all([pairs[i] for i in mine], c, "judging", disable=not run.main, leave=False)
+    scored = []
     for (image, truth), i in zip(loaded, mine):
-        scored.append((i, score(predict(model, image, c, run.device), truth, c, pairs[i].name)))
-    return summary([s for _, s in sorted(run.gather(scored), key=lambda row: row[0])], [p.name for p in pairs])
+        prediction = predict(model, image, c, run.device)
+        scored.append((i, score(prediction, truth, c, pairs[i].name)))
+    in_order = sorted(run.gather(scored), key=lambda row: row[0])
+    return summary([figures for _, figures in in_order], [pair.name for pair in pairs])
 
 
 def draw(model, pair, c, device, path):
     """Picture of a pair; -> what was measured, in words."""
     image, truth = load(pair, c)
-    return pictures.draw_depth(image, predict(model.eval(), image, c, device), truth, path, pair.name, c.max_depth)
+    prediction = predict(model.eval(), image, c, device)
+    return pictures.draw_depth(image, prediction, truth, path, pair.name, c.max_depth)

@@ -24,7 +24,7 @@ import numpy as np
 
 import data_nuscenes
 from data_nuscenes import ATTRIBUTES, CLASSES
-from files import BadInput, writing
+from files import BadInput, why_unread, writing
 
 RANGES = {  # metres from the car, seen from above, in the order in which the devkit lists its classes
     "car": 50,
@@ -134,7 +134,7 @@ def _read_json(path):
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except OSError as e:
-        raise BadInput(f"{path}: not readable ({e.strerror})") from None
+        raise BadInput(f"{path}: {why_unread(path, e)}") from None
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: not JSON ({str(e).splitlines()[0]})") from None
     for key in ("meta", "results"):

@@ -74,7 +74,7 @@ class Config:
     skip_missing: bool = False
     """Leave out pairs that lack a file, instead of stopping at them."""
     synthetic_frames: int = 0
-    """If data_root does not exist, write this many built-in scenes there first."""
+    """Write this many built-in scenes first, if data_root is data/synthetic and does not exist."""
     workers: int = 4
     """Loading processes per GPU; 0 loads in the training process."""
     resident: bool = False
@@ -376,7 +376,7 @@ def load_frames(c, run):
     train, notes = find(c.dataset, c.data_root, c.depth_root, c.splits)
     held_out = []
     if c.eval_splits or c.eval_root:
-        held_out, more = find(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits)
+        held_out, more = find(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits, flag="--eval-splits")
         held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
         notes += more
     data.check_unseen(train, held_out, f"--eval-splits {' '.join(c.eval_splits)}")

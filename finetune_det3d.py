@@ -39,7 +39,7 @@ import eval_boxes
 import ops_boxes
 import ops_sparse
 import ops_triton as ops
-import pictures
+import pictures_boxes
 import runtime
 import synthetic
 import weights
@@ -74,7 +74,7 @@ class Config:
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
-    """If data_root does not exist, write this many built-in scenes there first."""
+    """Write this many built-in scenes first, if data_root is data/synthetic and does not exist."""
     workers: int = 4
     """Loading processes per GPU; 0 loads in the training process."""
     # ---- augmentation ----
@@ -90,7 +90,8 @@ class Config:
     """Probability that image and cloud are mirrored."""
     image_scale: tuple[int, ...] = (640, 192, 2560, 768)
     """Box (width, height) that images are resized into, keeping their ratio: two numbers for one fixed size, four for a
-    range that every step draws its size from. They are judged at the size, or at the middle of the range."""
+    range that every step draws its size from. They are judged at the size, or at the range's geometric middle: 1280 x
+    384 here, as in the release."""
     # ---- network ----
     point_range: tuple[float, float, float, float, float, float] = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
     """Metres in the LiDAR's frame: x, y, z minima, then maxima. Multiples of eight voxels in x and y."""
@@ -103,7 +104,9 @@ class Config:
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     load: str = ""
-    """Weights of the whole detector to start from: a last.pt of this script, or a checkpoint of mmdetection3d's."""
+    """Weights of the whole detector to start from, instead of --init: a last.pt of this script, or a checkpoint of
+    mmdetection3d's. Train on from that one, for its anchors lie up to .4 m off: they are spread evenly over the range,
+    borders included, where ours sit on their cells."""
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
     freeze: bool = True
@@ -140,13 +143,11 @@ class Config:
     lr: float = 3e-3
     """Of all but the image branch: AdamW, betas (.95, .99), weight decay .01."""
     image_lr: float = 5e-3
-    """Of the image encoder and its pyramid: SGD, momentum .9, weight decay 1e-4. With image_optimizer=adamw use
-    lr's.
-    """
+    """Of the image encoder and its pyramid: SGD, momentum .9, weight decay 1e-4. image_optimizer=adamw wants lr's."""
     image_optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is the release's."""
     warm_up: int = 1000
-    """Steps in which the rate rises, from a tenth."""
+    """Steps in which the rate rises, from a tenth; the cosine is over the others."""
     clip: float = 35.0
     """Norm that gradients are cut to; 0 for not at all."""
     # ---- the run ----
@@ -249,6 +250,10 @@ class PointFusion(nn.Module):
             self.lateral_convs = nn.ModuleList(ConvModule(c.fpn, c.fusion, 3) for _ in range(levels))
             self.img_transform = nn.Sequential(nn.Linear(levels * c.fusion, c.fusion), point_norm(c, c.fusion))
         self.pts_transform = nn.Sequential(nn.Linear(c.vfe, c.fusion), point_norm(c, c.fusion))
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.xavier_uniform_(part.weight)
+                nn.init.zeros_(part.bias)
 
     def forward(self, x, maps, batch, cells):
         """x (N, vfe); cells: for each map where the points' pixels are, (B, L, 2). -> (N, fusion)."""
@@ -298,9 +303,7 @@ def voxel_max(x, rows, count):
 
 
 class SparseEncoder(nn.Module):
-    """SECOND's: submanifold layers, strided ones between four stages, and one that flattens. -> a map seen from
-    above.
-    """
+    """SECOND's: submanifold layers, strided ones between four stages, one that flattens. -> a map seen from above."""
 
     def __init__(self, c):
         super().__init__()
@@ -361,9 +364,7 @@ class SECONDFPN(nn.Module):
 
 
 class Anchor3DHead(nn.Module):
-    """Of every anchor: scores of the classes, the box's code, its direction. Maps -> (B, anchors, 3), (.., 7), (..,
-    2).
-    """
+    """Of every anchor: scores of the classes, the box's code, its direction. -> (B, anchors, 3), (.., 7), (.., 2)."""
 
     def __init__(self, cin):
         super().__init__()
@@ -371,7 +372,7 @@ class Anchor3DHead(nn.Module):
         self.conv_cls = nn.Conv2d(cin, n * len(CLASSES), 1)
         self.conv_reg = nn.Conv2d(cin, n * 7, 1)
         self.conv_dir_cls = nn.Conv2d(cin, n * 2, 1)
-        for conv in (self.conv_cls, self.conv_reg, self.conv_dir_cls):
+        for conv in (self.conv_cls, self.conv_reg):
             nn.init.normal_(conv.weight, 0, 0.01)
             nn.init.zeros_(conv.bias)
         nn.init.constant_(self.conv_cls.bias, -math.log(99))  # focal loss: every score begins at .01
@@ -396,7 +397,7 @@ class Detector(nn.Module):
             levels = 5
         self.pts_voxel_encoder = DynamicVFE(c, self.layout, levels)
         self.pts_middle_encoder = SparseEncoder(c)
-        self.pts_backbone = SECOND(c, 2 * c.sparse[4])
+        self.pts_backbone = SECOND(c, self.layout.grids[-1].shape[0] * c.sparse[4])
         self.pts_neck = SECONDFPN(c)
         self.pts_bbox_head = Anchor3DHead(2 * c.neck)
         self.register_buffer("anchors", anchor_grid(self.layout), persistent=False)  # (Y, X, classes, yaws, 7)
@@ -507,11 +508,11 @@ def assign(anchors, boxes, classes):
     """Which anchor answers for which box. anchors (Y, X, K, R, 7), boxes (B, M, 7), classes (B, M), -1 for none.
 
     An anchor belongs to the box of its class with which it overlaps most, seen from above with yaws rounded to quarter
-    turns, where that is enough; and a box's best anchors are its own from a lower threshold on (mmdetection3d's
-    MaxIoUAssigner). -> dict(classes (B, A): index, -1 background, -2 neither; boxes (B, A, 7), of the positive ones).
+    turns, where that is enough; and a box's best anchors are its own from a lower threshold on, even if another box
+    overlaps them more (mmdetection3d's MaxIoUAssigner; where it is the best of several, the last box has it there, and
+    here the one that it overlaps most).
+    -> dict(classes (B, A): index, -1 background, -2 neither; boxes (B, A, 7), of the positive ones).
     """
-    M = classes.shape[1]
-    number = torch.arange(1, M + 1, device=boxes.device)
     labels, owners = [], []
     for k, name in enumerate(CLASSES):
         positive, negative, least = ANCHORS[name][1]
@@ -521,9 +522,9 @@ def assign(anchors, boxes, classes):
         label = torch.where(best >= positive, k, torch.where(best < negative, -1, -2))
         highest = overlap.amax((1, 2, 3), keepdim=True)
         favourite = (overlap == highest) & (highest >= least)  # an anchor that the box overlaps as well as any
-        last = (favourite * number).amax(4)  # of several boxes the last, as in mmdetection3d
-        owners.append(torch.where(last > 0, last - 1, owner))
-        labels.append(torch.where(last > 0, k, label))
+        claim, claimant = overlap.masked_fill(~favourite, -1.0).max(4)
+        owners.append(torch.where(claim >= 0, claimant, owner))
+        labels.append(torch.where(claim >= 0, k, label))
     label, owner = (torch.stack(parts, 3).flatten(1) for parts in (labels, owners))  # (B, A)
     return {"classes": label, "boxes": boxes.gather(1, owner[..., None].expand(-1, -1, 7))}
 
@@ -558,10 +559,11 @@ def half_sides(boxes):
 
 def detection_losses(scores, codes, directions, anchors, target):
     """Focal loss of all anchors but those that are neither; smooth L1 of codes, with the sine of the yaws' difference,
-    and cross-entropy of directions, of positive ones. All over the number of positives. -> dict of scalars."""
+    and cross-entropy of directions, of positive ones. All over the number of positives, one at least for each frame.
+    -> dict of scalars."""
     label = target["classes"]
     positive = label >= 0
-    count = positive.sum().clamp(min=1).float()
+    count = positive.sum(1).clamp(min=1).sum().float()
     wanted = F.one_hot(label.clamp(min=0), len(CLASSES)) * positive[..., None]
     probability = scores.sigmoid()
     wrong = torch.where(wanted > 0, 1 - probability, probability)
@@ -622,16 +624,18 @@ def build_optimizers(model, c):
 
 
 def rate(step, steps, warm_up):
-    """The rate at a step, as a share of the highest: a cosine to 1e-5, and at first a rise from a tenth of it."""
-    cosine = 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * step / steps)) / 2
-    return cosine * min(1.0, 0.1 + 0.9 * step / max(warm_up, 1))
+    """The rate at a step, as a share of the highest: a straight rise from a tenth, then a cosine to 1e-5."""
+    warm_up = min(warm_up, steps - 1)
+    if step < warm_up:
+        return 0.1 + 0.9 * step / warm_up
+    return 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
 
 
 def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
-    runtime.check_range(c, "epochs log_every save_every keep_rows fpn fusion vfe second_layers", 1, 1e9, "1 or more")
-    runtime.check_range(c, "sparse second upsample", 1, 4096, "from 1 to 4096")
+    runtime.check_range(c, "epochs log_every save_every keep_rows second_layers", 1, 1e9, "1 or more")
+    runtime.check_range(c, "fpn fusion vfe sparse second neck upsample", 1, 4096, "from 1 to 4096")
     runtime.check_range(c, "lr image_lr labels", 1e-30, 1e6, "above 0")
     runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "max_points warm_up clip translation", 0, 1e9, "0 or more")
@@ -641,22 +645,23 @@ def check_config(c, world):
     runtime.check_range(c, "voxel", 1e-3, 10, "from .001 to 10")
     low, high = c.point_range[:3], c.point_range[3:]
     cells = [(b - a) / size for a, b, size in zip(low, high, c.voxel)]
-    whole = all(abs(n - round(n)) < 1e-3 and n >= 8 for n in cells)
-    if not whole or round(cells[0]) % 16 or round(cells[1]) % 16:
-        raise BadInput(
-            f"--point-range {' '.join(map(str, c.point_range))}: not whole voxels, in x and y sixteens of them"
-        )
+    whole = all(abs(n - round(n)) < 1e-3 for n in cells)
+    enough = min(cells) >= 16 and cells[2] >= 24  # above, the encoder's last stage would have no cell left
+    if not (whole and enough and round(cells[0]) % 16 == 0 and round(cells[1]) % 16 == 0):
+        wanted = "must be whole voxels, sixteens of them in x and y, 24 or more in z"
+        raise BadInput(f"--point-range {' '.join(map(str, c.point_range))}: {wanted}")
+    data.check_image_scale(c.image_scale)
     if c.upsample[1] != 2 * c.upsample[0]:
         raise BadInput(f"--upsample {c.upsample[0]} {c.upsample[1]}: the second must be twice the first")
     if c.init != "none" and not c.image:
         raise BadInput("--init: with --no-image there is no image encoder")
+    if c.init != "none" and c.load:
+        raise BadInput("--init: the file of --load has an image encoder, too; give one of them")
     return split
 
 
 def load_frames(c, run):
-    """-> frames to train on, frames held out, a note to print or None. Raises BadInput as data_det3d.find_frames
-    does.
-    """
+    """-> frames to train on, frames held out, a note to print or None. Raises BadInput as data_det3d.find_frames."""
     synthetic.write_scenes(c, run)
     train = data_det3d.find_frames(c.data_root, c.splits, c.skip_missing)
     held_out = []
@@ -669,22 +674,24 @@ def load_frames(c, run):
     return train, held_out, data.shared_drives(train, held_out, flag)
 
 
-def load_detector(model, path):
-    """Weights of a whole detector, by their names: a last.pt of this script or mmdetection3d's. -> a line for the
-    user.
+def load_detector(model, path, pixels):
+    """Weights of a whole detector by name: this script's or mmdetection3d's, whose first convolution is converted to
+    pixels as they are here (weights.py). -> lines for the user. Raises BadInput where one is missing or misfits.
     """
     saved = read_checkpoint(path)
-    tensors = saved.get("model") or saved.get("state_dict") or saved if isinstance(saved, dict) else {}
+    wrapped = [saved.get(name) for name in ("model", "state_dict")] if isinstance(saved, dict) else []
+    tensors = next((found for found in (*wrapped, saved) if isinstance(found, dict)), {})
     own = model.state_dict()
-    fitting = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
-    missing = sorted(own.keys() - fitting.keys())
-    learned = [k for k in missing if not k.endswith("num_batches_tracked")]
-    if learned:
-        others = f"{len(fitting)} of {len(own)} tensors fit, {learned[0]} does not"
-        raise BadInput(f"{path}: {others}; is it a detector of the same configuration?")
+    fitting = {k: v for k, v in tensors.items() if k in own and getattr(v, "shape", None) == own[k].shape}
+    lacking = [k for k in own if k not in fitting and not k.endswith("num_batches_tracked")]
+    if lacking:
+        counts = f"{len(fitting)} of {len(own)} tensors fit, {lacking[0]} does not"
+        raise BadInput(f"{path}: {counts}; is it a detector of the same configuration?")
     model.load_state_dict(fitting, strict=False)
-    left = len(tensors) - len(fitting)
-    return f"{path}: {len(fitting)} tensors of a detector loaded, {left} left"
+    lines = [f"{path}: {len(fitting)} tensors of a detector loaded, {len(tensors) - len(fitting)} left"]
+    if hasattr(model, "img_backbone"):
+        lines.append(weights.load_image_encoder(model.img_backbone, path, pixels))
+    return "\n".join(lines)
 
 
 def train(c):
@@ -697,7 +704,7 @@ def train(c):
     if c.image and c.init != "none":
         notes.append(weights.load_image_encoder(model.img_backbone, c.init, c.init_pixels))
     if c.load:
-        notes.append(load_detector(model, c.load))
+        notes.append(load_detector(model, c.load, c.init_pixels))
     optimizers = build_optimizers(model, c)
 
     # ============ data ============
@@ -710,7 +717,8 @@ def train(c):
     steps = c.max_steps or c.epochs * steps_per_epoch
     # what it starts from is part of the experiment, the path it lay at is not
     start = {"start": runtime.hash_of(model.state_dict()) if c.load or c.init != "none" else "none"}
-    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)} | start
+    labelled = {"frames": data.fingerprint(data_det3d.inventory(frames))}
+    identity = runtime.as_json(c, without=FREE) | {"group": group} | labelled | start
     judgement = (lambda: eval_boxes.judge(model, held_out, c, run)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "det3d", judgement)
     bank = data_det3d.open_bank(frames, loop.folder, c.keep_rows, run) if c.moca else None
@@ -775,11 +783,11 @@ def finish(model, c, run, frames, held_out, loop):
     if not run.main:
         return
     folder = loop.folder
-    pictures.draw_det3d_curves(folder / "log.jsonl", folder / "curves.png")
+    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png")
     said = eval_boxes.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
     if held_out:
-        print("\n" + "\n".join(eval_boxes.report(loop.judged)))
+        print("\n" + "\n".join(eval_boxes.report(loop.judged, eval_boxes.is_standard(held_out))))
 
 
 def main():

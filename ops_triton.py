@@ -6,23 +6,22 @@
     bilinear_sample(feature_map, uv)                   (B, C, H, W), (B, N, 2) -> (B, N, C)   differentiable
     gather_max(features, idx)                          (B, N, C), (B, M, k) -> (B, M, C)      differentiable
 
-Every function takes impl="auto" | "triton" | "torch". "auto" is Triton for CUDA tensors and torch for all others; where
+Every function takes impl="auto" | "triton" | "torch". "auto" is Triton for CUDA tensors and torch for all others. Where
 Triton is not installed it is torch everywhere, with one warning. Triton needs no compiler of yours: kernels are built
 on first use (a second or so each) and cached. `TRITON_INTERPRET=1` runs the same kernels, slowly, on the CPU; the tests
-do.
+do this.
 
 What can be relied on:
 - The three sampling operations return the same integers on every path, bit for bit. Distances are float32 differences,
-  squared and
-  added in one fixed order (x, y, z, then channel 0, 1, ...), never |a|^2 + |b|^2 - 2ab, and never with fused
-  multiply-adds.
+  squared and added in one fixed order (x, y, z, then channel 0, 1, ...). They are never |a|^2 + |b|^2 - 2ab, and no
+  multiply-adds are fused.
 - No operation waits for the device, so all of them can run on a side stream ahead of the step.
-- Inputs may be strided in any way, coordinates must be finite; outputs are contiguous. Wrong input is a ValueError of
-  one line.
+- Inputs may be strided in any way. Coordinates must be finite. Outputs are contiguous.
+- Wrong input raises a ValueError of one line. Gradients are not differentiable: to try is a RuntimeError.
 - On a CPU the torch path is meant for training, not only for tests: it runs numpy and scipy on the tensors' own memory,
-  and
-  spreads clouds over torch.get_num_threads() threads where the work per call is long enough to share.
+  and spreads clouds over torch.get_num_threads() threads where the work per call is long enough to share.
 """
+
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -49,30 +49,33 @@ def jit(kernel):
 
 
 def _launch(kernel, grid, *args, **meta):
-    # A fused multiply-add rounds once where torch rounds twice: enough to flip a tie and, from there, a whole sampling
-    # order.
+    # A fused multiply-add rounds once where torch rounds twice. One tie decided otherwise changes all picks after it.
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, enable_fp_fusion=False, **meta)
 
 
 @cache
 def _warn_without_triton():
-    warnings.warn("Triton is not installed: point operations on this GPU fall back to torch, which launches several kernels per "
-                  "sampled point (expect a training step to take seconds instead of tens of milliseconds)", stacklevel=4)
+    slow = "which launches several kernels per sampled point: a training step takes seconds instead of milliseconds"
+    warnings.warn(f"Triton is not installed: point operations on this GPU fall back to torch, {slow}", stacklevel=4)
 
 
 def _use_triton(impl, *tensors):
     """Which path to take, after the checks that all operations have in common."""
     device = tensors[0].device
+    on_gpu = device.type == "cuda"
     _check(impl in ("auto", "triton", "torch"), f"impl is {impl!r}, expected 'auto', 'triton' or 'torch'")
     _check(all(t.device == device for t in tensors), f"tensors on several devices: {[str(t.device) for t in tensors]}")
     if impl == "triton":
+        runs = on_gpu or os.environ.get("TRITON_INTERPRET") == "1"
         _check(triton is not None, "impl='triton', but Triton is not installed")
-        _check(device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1",
-               f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {device}")
-    if impl == "auto" and device.type == "cuda" and triton is None:
+        _check(runs, f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {device}")
+        return True
+    if impl == "torch" or not on_gpu:
+        return False
+    if triton is None:
         _warn_without_triton()
-    return impl == "triton" or (impl == "auto" and device.type == "cuda" and triton is not None)
+    return triton is not None
 
 
 def _check(condition, message):
@@ -80,20 +83,24 @@ def _check(condition, message):
         raise ValueError(message)
 
 
-def _check_cloud(name, xyz):
-    _check(xyz.ndim == 3 and xyz.shape[2] == 3 and xyz.numel() > 0, f"{name} is {tuple(xyz.shape)}, expected (B, N, 3), not empty")
-    _check(xyz.dtype == torch.float32, f"{name} is {xyz.dtype}, expected torch.float32")
+def _check_shape(subject, tensor, right, expected):
+    """subject: the tensor's name and verb, as in "xyz is"."""
+    _check(right, f"{subject} {tuple(tensor.shape)}, expected {expected}")
 
 
-def _check_indexed(name, features, ndim):
-    _check(features.ndim == ndim and features.numel() > 0, f"{name} is {tuple(features.shape)}, expected {ndim} dimensions, not empty")
-    _check(features.dtype.is_floating_point and features.dtype.itemsize >= 2, f"{name} is {features.dtype}, expected a float type")
+def _check_cloud(xyz):
+    _check_shape("xyz is", xyz, xyz.ndim == 3 and xyz.shape[2] == 3 and xyz.numel() > 0, "(B, N, 3), not empty")
+    _check(xyz.dtype == torch.float32, f"xyz is {xyz.dtype}, expected torch.float32")
+
+
+def _check_features(subject, features, ndim):
+    right_type = features.dtype.is_floating_point and features.dtype.itemsize >= 2
+    _check_shape(subject, features, features.ndim == ndim and features.numel() > 0, f"{ndim} dimensions, not empty")
+    _check(right_type, f"{subject} {features.dtype}, expected a float type")
 
 
 def _in_threads(function, *batches):
-    """[function(a, b, ...) for each cloud of the batches]. The pool lives for one call only: threads kept would not
-    survive a fork.
-    """
+    """[function(a, b, ...) for each cloud of the batches]. The pool lives for one call only: forks lose its threads."""
     workers = min(torch.get_num_threads(), len(batches[0]))
     if workers <= 1:
         return [function(*items) for items in zip(*batches)]
@@ -111,14 +118,15 @@ def furthest_point_sample(xyz, m, impl="auto"):
     xyz (B, N, 3) float32, metres; returns (B, m) int64. The first is index 0 (shuffle the cloud for a random start);
     equal distances go to the lowest index. The m' < m prefix of a result is the result for m'. ValueError if m > N.
     """
-    _check_cloud("xyz", xyz)
+    _check_cloud(xyz)
     _check(1 <= m <= xyz.shape[1], f"cannot pick m = {m} of {xyz.shape[1]} points")
     if not _use_triton(impl, xyz):
         return furthest_point_sample_torch(xyz, m)
     B, N, _ = xyz.shape
     out = torch.zeros(B, m, dtype=torch.int64, device=xyz.device)
     BLOCK = triton.next_power_of_2(N)
-    planes = F.pad(xyz.detach().transpose(1, 2), (0, BLOCK - N)).contiguous()  # (B, 3, BLOCK): neighbouring lanes read neighbouring words
+    planes = xyz.detach().transpose(1, 2)
+    planes = F.pad(planes, (0, BLOCK - N)).contiguous()  # (B, 3, BLOCK): neighbouring lanes read neighbouring words
     _launch(_furthest_kernel, (B,), planes, out, N, m, BLOCK=BLOCK, num_warps=8)
     return out
 
@@ -130,14 +138,13 @@ def furthest_point_sample_torch(xyz, m):
 
 
 def furthest_point_sample_features(xyz, features, m, impl="auto"):
-    """Furthest point sampling on [xyz, features] (3DSSD's F-FPS): squared distances in metres and in feature units
-    simply add up.
+    """Furthest point sampling on [xyz, features] (3DSSD's F-FPS). Squares of metres and of feature units simply add up.
 
     xyz (B, N, 3) float32, features (B, N, C) of any float type (read as float32); returns (B, m) int64, rules as above.
     """
-    _check_cloud("xyz", xyz)
-    _check_indexed("features", features, 3)
-    _check(features.shape[:2] == xyz.shape[:2], f"features are {tuple(features.shape)}, xyz {tuple(xyz.shape)}: B and N must agree")
+    _check_cloud(xyz)
+    _check_features("features are", features, 3)
+    _check_shape("features are", features, features.shape[:2] == xyz.shape[:2], f"(B, N) as in xyz {tuple(xyz.shape)}")
     _check(1 <= m <= xyz.shape[1], f"cannot pick m = {m} of {xyz.shape[1]} points")
     if not _use_triton(impl, xyz, features):
         return furthest_point_sample_features_torch(xyz, features, m)
@@ -163,7 +170,7 @@ def _furthest_dense(points, m):
     """(B, N, D) -> (B, m), in torch operations only: D + 4 launches per pick."""
     points = points.detach()
     out = torch.zeros(len(points), m, dtype=torch.int64, device=points.device)
-    nearest = torch.full(points.shape[:2], torch.inf, device=points.device)  # (B, N), squared distance to the chosen set
+    nearest = torch.full_like(points[:, :, 0], torch.inf)  # (B, N), squared distance to the chosen set
     for i in range(1, m):
         pick = points.gather(1, out[:, i - 1, None, None].expand(-1, 1, points.shape[2]))  # (B, 1, D)
         first, *rest = ((points - pick) ** 2).unbind(2)  # .sum(2) would add in an order of its own
@@ -175,15 +182,17 @@ def _furthest_dense(points, m):
 def _furthest_numpy(xyz, m):
     """The same for D = 3 on a CPU, in place: about a fifth of _furthest_dense's time.
 
-    A pick is seven numpy calls of a few microseconds. Clouds share them while the working set of 28 bytes a point stays
-    in the level 2 cache; two Python threads that alternate in such short calls mostly wait for each other unless each
+    A pick is seven numpy calls of a few microseconds. Clouds share them while the working set, 28 bytes a point, stays
+    in the level 2 cache. Two Python threads that alternate in such short calls mostly wait for each other, unless each
     has several clouds.
     """
+
     def sample(clouds):
         planes = np.ascontiguousarray(clouds.transpose(2, 0, 1))  # (3, b, N)
         square = np.empty_like(planes)
         nearest = np.full(planes.shape[1:], np.inf, np.float32)
-        each, picks = np.arange(len(clouds)), np.zeros((m, len(clouds)), np.int64)
+        each = np.arange(len(clouds))
+        picks = np.zeros((m, len(clouds)), np.int64)
         for i in range(1, m):
             pick = clouds[each, picks[i - 1]].T[:, :, None]  # (3, b, 1)
             np.subtract(planes, pick, out=square)
@@ -197,20 +206,21 @@ def _furthest_numpy(xyz, m):
 
     clouds = xyz.detach().numpy()
     together = max(1, 32768 // clouds.shape[1])
-    groups = [clouds[i:i + together] for i in range(0, len(clouds), together)]
+    groups = [clouds[i : i + together] for i in range(0, len(clouds), together)]
     return torch.from_numpy(np.concatenate(_in_threads(sample, groups))).contiguous()
 
 
 def _furthest_pruned(points, m):
     """Many channels on a CPU, one cloud (N, D) -> (m,).
 
-    Squares only add up: a point whose partial sum already exceeds its distance to the chosen set cannot change.
-    Channels are added in blocks, and once few points are left in the race, only those are finished. Same rounding, a
-    fraction of the work when xyz dominates; never much slower than adding everything.
+    Sums of squares only grow: a point whose partial sum already exceeds its distance to the chosen set cannot change.
+    Channels are added in blocks, and once few points are left in the race, only those are finished. The rounding is the
+    same. The work is a fraction where xyz dominates, and never much more than that of adding everything.
     """
     N, D = points.shape
     planes = np.ascontiguousarray(points.T)  # (D, N)
-    nearest, distance = np.full(N, np.inf, np.float32), np.empty(N, np.float32)
+    nearest = np.full(N, np.inf, np.float32)
+    distance = np.empty(N, np.float32)
     step = min(D, 32)  # channels at a time: 4096 points of them stay in the level 2 cache
     block = np.empty((step + 1, N), np.float32)
     picks = np.zeros(m, np.int64)
@@ -228,9 +238,10 @@ def _furthest_pruned(points, m):
         distance.fill(0)
         for c in range(0, D, step):
             e = min(c + step, D)
-            add_squares(distance, planes[c:e], pick[c:e], block[:e - c + 1], distance)
-            if e < D and 8 * np.count_nonzero(distance < nearest) < N:
-                left = np.flatnonzero(distance < nearest)
+            add_squares(distance, planes[c:e], pick[c:e], block[: e - c + 1], distance)
+            racing = distance < nearest
+            if e < D and 8 * np.count_nonzero(racing) < N:
+                left = np.flatnonzero(racing)
                 buffer = np.empty((D - e + 1, len(left)), np.float32)
                 distance[left] = add_squares(distance[left], points[left, e:].T, pick[e:], buffer, None)
                 break
@@ -239,8 +250,7 @@ def _furthest_pruned(points, m):
     return picks
 
 
-# One program per cloud; x and the running distance of every point stay in registers, y and z are read again for each
-# pick.
+# One program per cloud. x and the running distance of each point stay in registers; each pick reads y and z again.
 #
 #   nearest[:] = inf; last = 0
 #   for i in 1 .. m-1:
@@ -251,8 +261,7 @@ def _furthest_pruned(points, m):
 # Per pick: 10 N operations, 8 N bytes from the level 1 cache, two block-wide reductions. At 16384 points two words a
 # point are half of a multiprocessor's registers and all that 8 warps hold without spilling. The picks are a serial
 # chain, so the time does not depend on B up to the number of multiprocessors: give it the clouds of both views in one
-# call. Points sorted into tiles with bounding boxes would let "update" skip tiles that the pick is too far from, and
-# "pick" reduce one maximum per tile: both stay as they are around that change.
+# call.
 @jit
 def _furthest_kernel(xyz, out, N, m, BLOCK: tl.constexpr):
     cloud = tl.program_id(0).to(tl.int64)
@@ -273,16 +282,16 @@ def _furthest_kernel(xyz, out, N, m, BLOCK: tl.constexpr):
 
 @jit
 def _first_of_max(distance, n, BLOCK: tl.constexpr):
-    # The bits of floats >= 0 order like integers, for which the hardware has a one-instruction warp reduction; -1.0 is
-    # negative as bits too. tl.argmax on floats is dearer.
+    # The bits of floats >= 0 order like integers, and -1.0 is negative as bits, too. A warp reduces integers in one
+    # instruction; tl.argmax on floats is dearer.
     bits = distance.to(tl.int32, bitcast=True)
     return tl.min(tl.where(bits == tl.max(bits, axis=0), n, BLOCK), axis=0)
 
 
-# As above, but D = 3 + C channels do not fit registers: each pick streams the planes (D, N) from the level 2 cache, 4 D
-# N bytes at most. Partial sums only grow, so between blocks of STEP channels the lanes that can no longer change are
-# masked: a dead lane reads nothing, and once eight neighbours are dead their 32-byte sector is not fetched. (Masking
-# per channel would make each load wait for the previous one.) 4096 x 131, 1024 picks: 2.2 GB per cloud at most.
+# As above, but D = 3 + C channels do not fit registers: each pick streams the planes (D, N) from the level 2 cache,
+# 4 D N bytes at most. Partial sums only grow, so between blocks of STEP channels the lanes that can no longer change
+# are masked: a dead lane reads nothing, and once eight neighbours are dead their 32-byte sector is not fetched (masking
+# per channel would make each load wait for the previous one). 4096 x 131, 1024 picks: 2.2 GB per cloud at most.
 #
 #   for i in 1 .. m-1:
 #       d = 0; for c in 0 .. D-1: d += (planes[c] - rows[last, c])^2
@@ -319,19 +328,21 @@ def ball_query(xyz, centers, radius, k, min_radius=0.0, impl="auto"):
     xyz (B, N, 3), centers (B, M, 3) float32, radii in metres; returns (B, M, k) int64. A point at distance exactly 0
     always counts. Missing places repeat the first hit; a ball with no hit is all 0.
     """
-    _check_cloud("xyz", xyz)
-    _check(centers.ndim == 3 and centers.shape[::2] == (len(xyz), 3), f"centers are {tuple(centers.shape)}, expected ({len(xyz)}, M, 3)")
+    _check_cloud(xyz)
+    right = centers.ndim == 3 and centers.shape[::2] == (len(xyz), 3)
+    _check_shape("centers are", centers, right, f"({len(xyz)}, M, 3)")
     _check(centers.dtype == torch.float32, f"centers are {centers.dtype}, expected torch.float32")
     _check(k >= 1, f"k is {k}, expected at least 1")
     _check(0 <= min_radius < radius, f"radii are {min_radius} and {radius}, expected 0 <= min_radius < radius")
     if not _use_triton(impl, xyz, centers):
         return ball_query_torch(xyz, centers, radius, k, min_radius)
     xyz, centers = xyz.detach().contiguous(), centers.detach().contiguous()
-    B, M, _ = centers.shape
+    (B, N, _), M = xyz.shape, centers.shape[1]
+    near, far = _squares(min_radius, radius)
     out = torch.empty(B, M, k, dtype=torch.int64, device=xyz.device)
-    BLOCK_M = 16
-    _launch(_ball_kernel, (triton.cdiv(M, BLOCK_M), B), xyz, centers, out, xyz.shape[1], M, *_squares(min_radius, radius), k,
-            SLOTS=triton.next_power_of_2(k), BLOCK_M=BLOCK_M, BLOCK_N=128, num_warps=4)
+    blocks = {"SLOTS": triton.next_power_of_2(k), "BLOCK_M": 16, "BLOCK_N": 128}
+    grid = (triton.cdiv(M, 16), B)
+    _launch(_ball_kernel, grid, xyz, centers, out, N, M, near, far, k, **blocks, num_warps=4)
     return out
 
 
@@ -355,40 +366,39 @@ def _ball_dense(xyz, centers, radius, k, min_radius):
     index = torch.arange(N, device=xyz.device)
     chunk = max(1, 2**24 // (B * N))  # bounds the (B, chunk, N) counts below at 128 MiB
     for s in range(0, M, chunk):
-        x, y, z = ((centers[:, s:s + chunk, None] - xyz[:, None]) ** 2).unbind(3)  # (B, chunk, N)
+        x, y, z = ((centers[:, s : s + chunk, None] - xyz[:, None]) ** 2).unbind(3)  # (B, chunk, N)
         d2 = x + y + z
         hit = (d2 == 0) | ((d2 >= near) & (d2 < far))
         count = hit.cumsum(2)
         place = torch.where(hit & (count <= k), count - 1, k)
-        balls = out[:, s:s + chunk].scatter_(2, place, index.expand_as(place))
+        balls = out[:, s : s + chunk].scatter_(2, place, index.expand_as(place))
         empty = torch.arange(k + 1, device=xyz.device) >= count[:, :, -1:]
-        out[:, s:s + chunk] = torch.where(empty, balls[:, :, :1] * (count[:, :, -1:] > 0), balls)
+        out[:, s : s + chunk] = torch.where(empty, balls[:, :, :1] * (count[:, :, -1:] > 0), balls)
     return out[:, :, :k].contiguous()
 
 
 def _ball_tree(xyz, centers, radius, k, min_radius):
-    """The same on a CPU, one cloud: a k-d tree proposes, float32 distances decide, so the answer is that of brute
-    force.
-    """
+    """The same on a CPU, one cloud. A k-d tree proposes and float32 distances decide, so that brute force agrees."""
     N, M = len(xyz), len(centers)
     near, far = np.float32(_squares(min_radius, radius))
     out = np.zeros((M, k), np.int64)
     tree = cKDTree(xyz)
     chunk = max(1, 2**24 // N)  # bounds the list of pairs at 400 MB, should every point be in every ball
     for s in range(0, M, chunk):
+        some = centers[s : s + chunk]
         # The tree works in float64; the margin is far above what float32 rounding can move a distance by.
-        pairs = cKDTree(centers[s:s + chunk]).sparse_distance_matrix(tree, radius * (1 + 1e-5), output_type="ndarray")
+        pairs = cKDTree(some).sparse_distance_matrix(tree, radius * (1 + 1e-5), output_type="ndarray")
         i, j = pairs["i"], pairs["j"]
-        squares = np.take(centers[s:s + chunk], i, axis=0) - np.take(xyz, j, axis=0)
+        squares = np.take(some, i, axis=0) - np.take(xyz, j, axis=0)
         squares *= squares
         d2 = squares[:, 0] + squares[:, 1] + squares[:, 2]
         hit = np.flatnonzero((d2 == 0) | ((d2 >= near) & (d2 < far)))
         pair = np.sort(i[hit] * N + j[hit])  # by centre, then by point
-        base = np.arange(min(chunk, M - s))[:, None] * N
+        base = np.arange(len(some))[:, None] * N
         start, end = np.searchsorted(pair, (base, base + N))
         place = start + np.arange(k)  # (chunk, k), where in the sorted list
         place = np.where(place < end, place, start)
-        out[s:s + chunk] = np.where(start < end, np.append(pair, 0)[place] - base, 0)
+        out[s : s + chunk] = np.where(start < end, np.append(pair, 0)[place] - base, 0)
     return out
 
 
@@ -402,7 +412,9 @@ def _ball_tree(xyz, centers, radius, k, min_radius):
 # the distances and about as many for the sums, 12 B N M / BLOCK_M bytes from the level 2 cache (16384 x 4096: 50 MB per
 # cloud). No early exit: a ball is rarely full before the cloud ends, and a block of centres never.
 @jit
-def _ball_kernel(xyz, centers, out, N, M, near, far, k, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _ball_kernel(
+    xyz, centers, out, N, M, near, far, k, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     cloud = tl.program_id(1).to(tl.int64)
     xyz += cloud * N * 3
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -444,12 +456,14 @@ def bilinear_sample(feature_map, uv, impl="auto"):
     at a whole uv, where the slope jumps, uv gets the slope to the right. channels_last maps are read as they are, and
     fastest. float64 (for gradcheck) always takes the torch path.
     """
-    _check_indexed("feature_map", feature_map, 4)
-    _check(uv.ndim == 3 and uv.shape[::2] == (len(feature_map), 2), f"uv is {tuple(uv.shape)}, expected ({len(feature_map)}, N, 2)")
-    _check(uv.dtype in (torch.float32, feature_map.dtype) and uv.dtype.itemsize >= 4, f"uv is {uv.dtype}, expected torch.float32")
-    if not _use_triton(impl, feature_map, uv) or torch.float64 in (feature_map.dtype, uv.dtype):
-        return bilinear_sample_torch(feature_map, uv)
-    return _BilinearSample.apply(feature_map, uv)
+    _check_features("feature_map is", feature_map, 4)
+    right = uv.ndim == 3 and uv.shape[::2] == (len(feature_map), 2)
+    right_type = uv.dtype == torch.float32 or uv.dtype == feature_map.dtype == torch.float64
+    _check_shape("uv is", uv, right, f"({len(feature_map)}, N, 2)")
+    _check(right_type, f"uv is {uv.dtype}, expected torch.float32")
+    if _use_triton(impl, feature_map, uv) and feature_map.dtype != torch.float64:
+        return _BilinearSample.apply(feature_map, uv)
+    return bilinear_sample_torch(feature_map, uv)
 
 
 def bilinear_sample_torch(feature_map, uv):
@@ -458,7 +472,8 @@ def bilinear_sample_torch(feature_map, uv):
     On a CPU twice as fast as grid_sample at 2048 channels, with a backward six times as fast.
     """
     B, C, H, W = feature_map.shape
-    u, v = uv[..., 0].nan_to_num(-2.0).clamp(-2, W + 1), uv[..., 1].nan_to_num(-2.0).clamp(-2, H + 1)  # beyond is all zero anyway
+    u, v = uv.nan_to_num(-2.0).unbind(2)
+    u, v = u.clamp(-2, W + 1), v.clamp(-2, H + 1)  # beyond is all zero anyway
     left, top = u.detach().floor(), v.detach().floor()
     x = torch.stack([left, left + 1, left, left + 1], 2)  # (B, N, 4)
     y = torch.stack([top, top, top + 1, top + 1], 2)
@@ -467,8 +482,9 @@ def bilinear_sample_torch(feature_map, uv):
     inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
     image = torch.arange(B, device=uv.device)[:, None, None]
     row = torch.where(inside, (image * H + y) * W + x, 0).long()
-    table = feature_map.permute(0, 2, 3, 1).reshape(B * H * W, C).to(torch.promote_types(feature_map.dtype, torch.float32))
-    weight = torch.where(inside, weight, 0).to(table.dtype)
+    wide = torch.promote_types(feature_map.dtype, torch.float32)
+    table = feature_map.permute(0, 2, 3, 1).reshape(B * H * W, C).to(wide)
+    weight = torch.where(inside, weight, 0).to(wide)
     out = F.embedding_bag(row.flatten(0, 1), table, mode="sum", per_sample_weights=weight.flatten(0, 1))
     return out.view(B, -1, C).to(feature_map.dtype)
 
@@ -481,19 +497,26 @@ class _BilinearSample(torch.autograd.Function):
         ctx.save_for_backward(feature_map, uv)
         out = torch.empty(B, N, C, dtype=feature_map.dtype, device=uv.device)
         grid = (triton.cdiv(N, 16), triton.cdiv(C, 128), B)
-        _launch(_bilinear_kernel, grid, feature_map, uv, out, N, C, H, W, *feature_map.stride(), BLOCK_N=16, BLOCK_C=128)
+        sizes = (N, C, H, W, *feature_map.stride())
+        _launch(_bilinear_kernel, grid, feature_map, uv, out, *sizes, BLOCK_N=16, BLOCK_C=128)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         feature_map, uv = ctx.saved_tensors
         (B, C, H, W), N = feature_map.shape, uv.shape[1]
         to_map, to_uv = ctx.needs_input_grad
-        grad_map = torch.zeros_like(feature_map, dtype=torch.float32) if to_map else uv  # an unused pointer must still be one
+        grad_map, map_strides = uv, (0, 0, 0, 0)  # an unused pointer must still be one
+        if to_map:
+            grad_map = torch.zeros_like(feature_map, dtype=torch.float32)
+            map_strides = grad_map.stride()
         grad_uv = torch.empty_like(uv)
-        strides = *feature_map.stride(), *(grad_map.stride() if to_map else (0, 0, 0, 0))
-        _launch(_bilinear_backward_kernel, (triton.cdiv(N, 16), B), feature_map, uv, grad.contiguous(), grad_map, grad_uv, N, C, H, W,
-                *strides, TO_MAP=to_map, TO_UV=to_uv, BLOCK_N=16, BLOCK_C=64)
+        grid = (triton.cdiv(N, 16), B)
+        tensors = (feature_map, uv, grad.contiguous(), grad_map, grad_uv)
+        sizes = (N, C, H, W, *feature_map.stride(), *map_strides)
+        meta = {"TO_MAP": to_map, "TO_UV": to_uv, "BLOCK_N": 16, "BLOCK_C": 64}
+        _launch(_bilinear_backward_kernel, grid, *tensors, *sizes, **meta)
         return grad_map.to(feature_map.dtype) if to_map else None, grad_uv if to_uv else None
 
 
@@ -504,8 +527,11 @@ class _BilinearSample(torch.autograd.Function):
 # 8 B N C operations; 4 B N C words read and one written. In channels-last a corner is one contiguous read; in NCHW
 # every word costs a 32-byte sector, which the corner beside it mostly shares.
 @jit
-def _bilinear_kernel(feature_map, uv, out, N, C, H, W, stride_b, stride_c, stride_h, stride_w,
-                     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _bilinear_kernel(
+    feature_map, uv, out,
+    N, C, H, W, stride_b, stride_c, stride_h, stride_w,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -533,17 +559,19 @@ def _cell(uv, mask, H, W):
     return left.to(tl.int32), top.to(tl.int32), u - left, v - top
 
 
-# Backward: one program per 16 samples walks over all channels, so that the gradient of uv is a sum inside the program
-# and only that of the map, where samples share cells, needs atomics (float32, whatever the map is; their order is not
-# fixed, so neither is the last bit).
+# Backward: one program per 16 samples walks over all channels. So the gradient of uv is a sum inside the program, and
+# only that of the map, where samples share cells, needs atomics (float32, whatever the map is). Their order is not
+# fixed, and so neither is the last bit.
 #
 #   for each sample, for each of 4 corners:
 #       grad_map[corner, :] += weight(corner) * grad[:]
 #       grad_uv += d weight(corner) / d uv * dot(map[corner, :], grad[:])
 @jit
-def _bilinear_backward_kernel(feature_map, uv, grad, grad_map, grad_uv, N, C, H, W, stride_b, stride_c, stride_h, stride_w,
-                              out_b, out_c, out_h, out_w, TO_MAP: tl.constexpr, TO_UV: tl.constexpr,
-                              BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _bilinear_backward_kernel(
+    feature_map, uv, grad, grad_map, grad_uv,
+    N, C, H, W, stride_b, stride_c, stride_h, stride_w, out_b, out_c, out_h, out_w,
+    TO_MAP: tl.constexpr, TO_UV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     left, top, du, dv = _cell(uv + (b * N + n) * 2, n < N, H, W)
@@ -575,19 +603,19 @@ def _bilinear_backward_kernel(feature_map, uv, grad, grad_map, grad_uv, N, C, H,
 
 
 def gather_max(features, idx, impl="auto"):
-    """Max-pool groups of points without ever forming the groups: out[b, m, c] = max over j of features[b, idx[b, m, j],
-    c].
+    """Max-pool groups of points without ever forming the groups: out[b, m] = max over j of features[b, idx[b, m, j]].
 
     features (B, N, C) of any float type, idx (B, M, k) int64 in 0 .. N-1 (checked on a CPU only: on a GPU it would cost
     a wait); returns (B, M, C) in the type of the features. The gradient goes to the element that won, the first in idx
     order among equals, and adds up in float32. Saves 4 bytes per output, against k times the features' bytes for the
     grouped form.
     """
-    _check_indexed("features", features, 3)
-    _check(idx.ndim == 3 and len(idx) == len(features) and idx.shape[2] > 0,
-           f"idx is {tuple(idx.shape)}, expected ({len(features)}, M, k) with k > 0")
+    _check_features("features are", features, 3)
+    right = idx.ndim == 3 and len(idx) == len(features) and idx.shape[2] > 0
+    _check_shape("idx is", idx, right, f"({len(features)}, M, k) with k > 0")
     _check(idx.dtype == torch.int64, f"idx is {idx.dtype}, expected torch.int64")
-    return _GatherMax.apply(features, idx, _use_triton(impl, features, idx) and features.dtype != torch.float64)
+    use_triton = _use_triton(impl, features, idx) and features.dtype != torch.float64
+    return _GatherMax.apply(features, idx, use_triton)
 
 
 class _GatherMax(torch.autograd.Function):
@@ -607,25 +635,26 @@ class _GatherMax(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        source, = ctx.saved_tensors  # (B, M, C)
+        (source,) = ctx.saved_tensors  # (B, M, C)
         (B, N, C), M = ctx.shape, source.shape[1]
         total = torch.zeros(B, N, C, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
         if ctx.use_triton:
-            _launch(_gather_max_backward_kernel, (triton.cdiv(M * C, 1024), B), grad.contiguous(), source, total, N, C, M * C, BLOCK=1024)
+            grid = (triton.cdiv(M * C, 1024), B)
+            _launch(_gather_max_backward_kernel, grid, grad.contiguous(), source, total, N, C, M * C, BLOCK=1024)
         else:
             gather_max_backward_torch(grad, source, total)
         return total.to(grad.dtype), None, None
 
 
 def gather_max_torch(features, idx):
-    """(B, N, C), (B, M, k) -> values (B, M, C), and the points they came from, (B, M, C) int32. No autograd by
-    itself.
-    """
+    """(B, N, C), (B, M, k) -> values (B, M, C), and the points they came from, (B, M, C) int32. Without autograd."""
     features = features.detach()
     if features.device.type == "cpu":
-        wide = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()  # exact, and numpy has no bfloat16
-        values, source = zip(*map(_gather_max_numpy, wide.numpy(), idx.numpy()))  # calls too short for threads to gain
+        wide = torch.promote_types(features.dtype, torch.float32)  # exact, and numpy has no bfloat16
+        clouds = features.to(wide).contiguous().numpy()
+        values, source = zip(*map(_gather_max_numpy, clouds, idx.numpy()))  # calls too short for threads to gain
         return torch.from_numpy(np.stack(values)).to(features.dtype), torch.from_numpy(np.stack(source))
     return _gather_max_dense(features, idx)
 
@@ -637,14 +666,15 @@ def gather_max_backward_torch(grad, source, total):
         return
     C = total.shape[2]
     for add, point, out in zip(grad.to(total.dtype).numpy(), source.numpy(), total.numpy()):
-        np.add.at(out.ravel(), (point.astype(np.int64) * C + np.arange(C)).ravel(), add.ravel())  # flat: the one quick form of it
+        place = point.astype(np.int64) * C + np.arange(C)
+        np.add.at(out.ravel(), place.ravel(), add.ravel())  # flat: the one quick form of it
 
 
 def _gather_max_dense(features, idx):
     source = idx[:, :, :1].expand(-1, -1, features.shape[2])  # (B, M, C)
     best = features.gather(1, source)
     for j in range(1, idx.shape[2]):
-        point = idx[:, :, j:j + 1].expand_as(source)
+        point = idx[:, :, j : j + 1].expand_as(source)
         row = features.gather(1, point)
         better = (row > best) | (row != row)  # a NaN must come through, not vanish
         best, source = torch.where(better, row, best), torch.where(better, point, source)
@@ -652,24 +682,28 @@ def _gather_max_dense(features, idx):
 
 
 def _gather_max_numpy(features, idx):
-    """One cloud on a CPU. Groups sorted by how many places they really use lose their padding, 46 to 79 % of all places
-    on KITTI; blocks of them stay in the cache; and four calls per place do 32768 elements each in about 11 us (masked
-    writes take 150).
+    """One cloud on a CPU, (N, C) and (M, k) -> values and their points, (M, C).
+
+    Groups sorted by how many places they really use lose their padding, 46 to 79 % of all places on KITTI. Blocks of
+    them stay in the cache: four calls per place do 32768 elements each in about 11 us (masked writes take 150).
     """
     (M, k), (N, C) = idx.shape, features.shape
     _check(M == 0 or 0 <= idx.min() and idx.max() < N, f"idx reaches outside 0 .. {N - 1}")
-    used = ((idx != idx[:, :1]) * np.arange(1, k + 1)).max(1).clip(1)  # trailing repeats of the first place change nothing
+    last_other = ((idx != idx[:, :1]) * np.arange(1, k + 1)).max(1)  # trailing repeats of the first change nothing
+    used = last_other.clip(1)
     order = np.argsort(-used, kind="stable")
     places = np.ascontiguousarray(idx[order].T)  # (k, M)
     small = np.min_scalar_type(k)
-    values, source = np.empty((M, C), features.dtype), np.empty((M, C), np.int32)
+    values = np.empty((M, C), features.dtype)
+    source = np.empty((M, C), np.int32)
     chunk = max(1, 32768 // C)
     for s in range(0, M, chunk):
-        group = order[s:s + chunk]
-        best = features[places[0, s:s + chunk]]  # (chunk, C)
-        row, won = np.empty_like(best), np.zeros(best.shape, small)
+        group = order[s : s + chunk]
+        best = features[places[0, s : s + chunk]]  # (chunk, C)
+        row = np.empty_like(best)
+        won = np.zeros(best.shape, small)
         for j in range(1, used[group[0]]):
-            np.take(features, places[j, s:s + chunk], axis=0, out=row, mode="clip")  # mode "raise" would buffer
+            np.take(features, places[j, s : s + chunk], axis=0, out=row, mode="clip")  # mode "raise" would buffer
             better = np.greater(row, best).view(np.uint8)
             np.maximum(won, better * small.type(j), out=won)  # j only grows: the last winner is the largest
             np.maximum(best, row, out=best)
@@ -682,8 +716,8 @@ def _gather_max_numpy(features, idx):
 #
 #   best = features[idx[0]]; for j in 1 .. k-1: if features[idx[j]] > best: best = ..., source = idx[j]
 #
-# 2 B M k C operations; B M k C words read (from the level 2 cache: each point is in several groups), B M C values and
-# int32 written.
+# 2 B M k C operations; B M k C words read (from the level 2 cache: each point is in several groups); B M C values and
+# as many int32 written.
 @jit
 def _gather_max_kernel(features, idx, out, source, N, C, M, k, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
@@ -705,8 +739,7 @@ def _gather_max_kernel(features, idx, out, source, N, C, M, k, BLOCK_M: tl.const
     tl.store(source + at, won, mask=mask)
 
 
-# Backward: total[source[m, c], c] += grad[m, c]. B M C atomic additions, whose order, and so the last bit, is not
-# fixed.
+# Backward: total[source[m, c], c] += grad[m, c]. B M C atomic additions; neither their order nor the last bit is fixed.
 @jit
 def _gather_max_backward_kernel(grad, source, total, N, C, size, BLOCK: tl.constexpr):
     b = tl.program_id(1).to(tl.int64)

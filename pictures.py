@@ -1,13 +1,14 @@
-"""Every picture that the programs draw. A stranger should read each without being told more: titles that say what to
-look for, axes in metres or pixels, seen from above with forward up and left on the left.
+"""Every picture that the programs draw. A stranger should read each without being told more: titles say what to look
+for, axes are in metres or pixels, and what is seen from above has forward up and left on the left.
 
-Curves and pairs end a training run; `python eval.py show` draws projection, pairs, features and similarity of one
-frame; draw_depth draws a depth map beside its ground truth. The functions take a model of simipu.py, batches of
-data.augment, of which they draw the first frame, and the PNG to write; what they measure on the way comes back as a
-line of text.
+Curves and pairs end a training run. `python eval.py show` draws projection, pairs, features and similarity of one
+frame. `draw_depth` draws a depth map beside its ground truth, `draw_overlay` the frames of a data set. The functions
+take the PNG to write, and a model of simipu.py with a batch of data.augment, of which they draw the first frame. What
+they measure on the way comes back as a line of text.
 """
 
 import copy
+import os
 
 import numpy as np
 import torch
@@ -15,36 +16,58 @@ import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
 import data
-import data_det3d
 import encoders
-import ops_boxes
 import ops_triton as ops
 from files import BadInput, read_log, writing
 
 STEP = 8  # pixels between image features in a picture; between them colours are interpolated
 FAR = 50.0  # metres; depth colours end here
 DPI = 100
+DEPTH = {"cmap": "turbo", "vmin": 0, "vmax": FAR}  # how depth becomes a colour
+TITLE, SMALL_TITLE = 11, 10  # points of type
 
 
-def _figure(width, height):
-    import matplotlib
+def _matplotlib():
+    """matplotlib, imported where something is drawn: it takes a second, and training draws only at its end.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    A notebook leaves its own backend in MPLBACKEND for all that it starts, and the import refuses one that is not
+    installed. Figures are written to files without pyplot, so that a notebook's own plots stay as they were.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib.collections
+    import matplotlib.colors
+    import matplotlib.figure
+    import matplotlib.patches
+    import matplotlib.ticker
 
-    return plt, plt.figure(figsize=(width, height), layout="constrained")
+    return matplotlib
 
 
-def _save(plt, figure, path, dpi=DPI):
+def new_figure(width, height):
+    """An empty figure of so many inches."""
+    return _matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path, dpi=DPI):
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
-    plt.close(figure)
 
 
 def _pixels(view):
     """The first image of a batch, (H, W, 3) in [0, 1]."""
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     return (view["image"][0].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def _grey(image, darkest):
+    """An image (H, W, 3) without its colours, and its blacks no darker than so, (H, W, 3)."""
+    grey = darkest + (1 - darkest) * image.mean(2, keepdims=True)
+    return np.repeat(grey, 3, 2)
+
+
+def _numpy(view, *keys):
+    """The first frame's tensors of a batch, float64 on the CPU."""
+    return [view[key][0].double().cpu().numpy() for key in keys]
 
 
 def _mirrored(view):
@@ -57,16 +80,34 @@ def _dot(count, area=42):
     return float(np.clip(area * 170 / count, area / 4, area))
 
 
-def _from_above(axis, title, left=True):
-    axis.set_title(title, fontsize=10)
+def from_above(axis, title, left=True):
+    axis.set_title(title, fontsize=SMALL_TITLE)
     axis.set_aspect("equal")
     axis.set_xlabel("right, m")
     if left:
         axis.set_ylabel("forward, m")
 
 
+def limit_to_image(axis, height, width):
+    axis.set_xlim(-0.5, width - 0.5)
+    axis.set_ylim(height - 0.5, -0.5)
+
+
 # -----------------------------------------------------------------------------
 # a run's own pictures
+
+CURVES = (  # title of the panel; key in the log, behind intra or inter; factor; line; label, behind the same
+    ("InfoNCE loss", "", 1, "-", ""),
+    ("InfoNCE loss", "_chance", 1, ":", ", chance"),
+    ("top-1, %", "_top1", 100, "-", ""),
+    ("mean cosine", "_positive", 1, "-", ", matched"),
+    ("mean cosine", "_negative", 1, ":", ", unmatched"),
+)
+
+
+def curve(lines, values, **style):
+    """Values at the steps of a log's lines, as `draw_panels` takes them."""
+    return [line["step"] for line in lines], values, style
 
 
 def draw_curves(log_path, path):
@@ -76,35 +117,22 @@ def draw_curves(log_path, path):
     lines = read_log(log_path)
     log = [line for line in lines if "lr" in line]
     judged = [line for line in lines if "gap" in line.get("match", ())]
-    losses, top1, cosines, ranks = panels = [], [], [], []
-    steps = [line["step"] for line in log]
+    panels = {title: [] for title, *_ in CURVES}
     for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
-        if log and loss in log[0]:
-            drawn = {"": losses, "_chance": losses, "_top1": top1, "_positive": cosines, "_negative": cosines}
-            values = {key: [line[loss + key] * (100 if key == "_top1" else 1) for line in log] for key in drawn}
-            labels = {"": "", "_chance": ", chance", "_top1": "", "_positive": ", matched", "_negative": ", unmatched"}
-            for key, panel in drawn.items():
-                panel.append(
-                    (
-                        steps,
-                        values[key],
-                        {
-                            "color": colour,
-                            "ls": ":" if key in ("_chance", "_negative") else "-",
-                            "label": loss + labels[key],
-                        },
-                    )
-                )
-    for which, colour, label in (("right", "tab:green", "the right image"), ("wrong", "tab:red", "another frame's")):
-        if len(judged) > 1:
-            ranks.append(
-                (
-                    [line["step"] for line in judged],
-                    [line["match"][which + "_rank"] for line in judged],
-                    {"color": colour, "marker": "o", "ms": 3, "label": label},
-                )
-            )
-    _draw_panels(dict(zip(("InfoNCE loss", "top-1, %", "mean cosine", "unseen frames: median rank, %"), panels)), path)
+        if not log or loss not in log[0]:
+            continue  # a branch that the run does not have
+        for title, key, factor, dashes, label in CURVES:
+            values = [factor * line[loss + key] for line in log]
+            panels[title].append(curve(log, values, color=colour, ls=dashes, label=loss + label))
+    if len(judged) > 1:
+        matched = panels["unseen frames: median rank, %"] = []
+        for which, colour, label in (
+            ("right", "tab:green", "the right image"),
+            ("wrong", "tab:red", "another frame's"),
+        ):
+            values = [line["match"][f"{which}_rank"] for line in judged]
+            matched.append(curve(judged, values, color=colour, marker="o", ms=3, label=label))
+    draw_panels(panels, path)
 
 
 def draw_depth_curves(log_path, path):
@@ -112,41 +140,39 @@ def draw_depth_curves(log_path, path):
     rate, from log.jsonl to a PNG.
     """
     lines = read_log(log_path)
-    log, judged = ([line for line in lines if key in line] for key in ("lr", "depth"))
-    steps = [line["step"] for line in log]
-    errors = [(steps, [line["abs_rel"] for line in log], {"color": "tab:blue", "label": "training crops"})]
+    log = [line for line in lines if "lr" in line]
+    judged = [line for line in lines if "depth" in line]
+    if not log:
+        return
+    errors = [curve(log, [line["abs_rel"] for line in log], color="tab:blue", label="training crops")]
     if judged:
         unseen = [line["depth"]["eigen"]["abs_rel"] for line in judged]
-        errors.append(
-            (
-                [line["step"] for line in judged],
-                unseen,
-                {"color": "tab:green", "marker": "o", "ms": 3, "label": "unseen images"},
-            )
-        )
-    loss, rate = (
-        (steps, values, {"label": label})
-        for values, label in (([line["loss"] for line in log], "SigLoss"), ([line["lr"][0] for line in log], "AdamW"))
-    )
-    _draw_panels({"loss": [loss], "relative error (abs_rel)": errors, "learning rate": [rate]} if log else {}, path)
+        errors.append(curve(judged, unseen, color="tab:green", marker="o", ms=3, label="unseen images"))
+    panels = {
+        "loss": [curve(log, [line["loss"] for line in log], label="SigLoss")],
+        "relative error (abs_rel)": errors,
+        "learning rate": [curve(log, [line["lr"][0] for line in log], label="AdamW")],
+    }
+    draw_panels(panels, path)
 
 
-def _draw_panels(panels, path):
-    """{title: [(x, y, style)]}, side by side; nothing at all if there is nothing to draw (a finished run whose log was
-    deleted).
+def draw_panels(panels, path):
+    """{title: [(x, y, style)]}, side by side. Nothing is drawn where there is nothing to draw, as for a finished run
+    whose log was deleted.
     """
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return
-    plt, figure = _figure(1 + 4 * len(panels), 3.6)
-    for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    figure = new_figure(1 + 4 * len(panels), 3.6)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, curves) in zip(axes, panels.items()):
         for x, y, style in curves:
             axis.plot(x, y, **style)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    _save(plt, figure, path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 @torch.no_grad()
@@ -159,52 +185,57 @@ def draw_pairs(model, view, path, match_places):
     alpha; and both in alpha's frame, beta brought back by T^-1, with a line for every match: the lines must be short.
     -> what was measured.
     """
-    model = copy.deepcopy(model).eval()
-    clouds = [view[k][:1] for k in ("alpha", "beta")]
-    a, b = (model.pts_backbone(cloud)[0][0].double().cpu().numpy() for cloud in clouds)
-    alpha, beta = (cloud[0].double().cpu().numpy() for cloud in clouds)
-    T, lidar2img = (view[k][0].double().cpu().numpy() for k in ("T", "lidar2img"))
-    partner = match_places(a @ T[:3, :3].T + T[:3, 3], b)
-    back = ((b - T[:3, 3]) @ np.linalg.inv(T[:3, :3]).T)[partner]  # view beta in the frame of view alpha
-    distance = np.linalg.norm(a - back, axis=1)
-    image = _pixels(view)
+    encoder = copy.deepcopy(model.pts_backbone).eval()
+    places_alpha, places_beta = (encoder(view[key][:1])[0][0].double().cpu().numpy() for key in ("alpha", "beta"))
+    T, lidar2img, alpha, beta = _numpy(view, "T", "lidar2img", "alpha", "beta")
+    partner = match_places(places_alpha @ T[:3, :3].T + T[:3, 3], places_beta)
+    places_beta = places_beta[partner]
+    back = (places_beta - T[:3, 3]) @ np.linalg.inv(T[:3, :3]).T  # view beta in the frame of view alpha
+    distance = np.linalg.norm(places_alpha - back, axis=1)
+    share = f"{100 * (distance < 0.01).mean():.0f} % coincide"
 
-    plt, figure = _figure(14, 10)
+    figure = new_figure(14, 10)
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.42, 0.58])
-    axis = top.subplots()
-    axis.imshow(image)
-    for points, style in ((alpha, {"s": 1.2}), (a, {"s": _dot(len(a), 26), "edgecolors": "black", "linewidths": 0.8})):
-        uv, depth = data.project(points, lidar2img)
-        seen = data.inside_image(uv, depth, image.shape[1], image.shape[0])
-        dots = axis.scatter(*uv[seen].T, c=depth[seen], cmap="turbo", vmin=0, vmax=FAR, **style)
-    top.colorbar(dots, ax=axis, label="depth, m", shrink=0.7, pad=0.01, extend="max")
-    mirrored = ", mirrored as view beta is" if _mirrored(view) else ""
-    axis.set_title(f"view alpha on the augmented image{mirrored}; its {len(a)} places ringed")
-    axis.axis("off")
-
-    bearing = np.arctan2(a[:, 1], a[:, 0] - 25)  # around the middle of the scene, so that neighbours have like colours
-    colours = plt.get_cmap("hsv")(bearing / (2 * np.pi) % 1)
+    _draw_places_on_image(top, view, alpha, places_alpha, lidar2img)
     left, middle, right = bottom.subplots(1, 3)
-    for axis, cloud, places, title in (
-        (left, alpha, a, "view alpha from above"),
-        (middle, beta, b[partner], "view beta, in the colours of its matches"),
-    ):
+    # around the middle of the scene, so that neighbours have like colours
+    bearing = np.arctan2(places_alpha[:, 1], places_alpha[:, 0] - 25)
+    colours = _matplotlib().colormaps["hsv"](bearing / (2 * np.pi) % 1)
+    for axis, cloud, places in ((left, alpha, places_alpha), (middle, beta, places_beta)):
         axis.scatter(-cloud[::4, 1], cloud[::4, 0], s=0.3, c="0.7")
         axis.scatter(-places[:, 1], places[:, 0], c=colours, s=10)
-        axis.set_title(title)
-    for p, q, colour in zip(a, back, colours):
+    left.set_title("view alpha from above")
+    middle.set_title("view beta, in the colours of its matches")
+
+    for p, q, colour in zip(places_alpha, back, colours):
         right.plot([-p[1], -q[1]], [p[0], q[0]], c=colour, lw=1)
-    right.scatter(-a[:, 1], a[:, 0], c=colours, s=10)
+    right.scatter(-places_alpha[:, 1], places_alpha[:, 0], c=colours, s=10)
     right.scatter(-back[:, 1], back[:, 0], facecolors="none", edgecolors="black", s=18, linewidths=0.5)
-    right.set_title(
-        f"both in alpha's frame: {distance.mean():.2f} m apart, {100 * (distance < 0.01).mean():.0f} % coincide"
-    )
+    right.set_title(f"both in alpha's frame: {distance.mean():.2f} m apart, {share}")
     for axis in (left, middle, right):
         axis.set_aspect("equal")
         axis.set_xlabel("right, m")
     left.set_ylabel("forward, m")
-    _save(plt, figure, path)
-    return f"{len(a)} places, matches {distance.mean():.2f} m apart on average, {distance.max():.2f} m at most, {100 * (distance < 0.01).mean():.0f} % coincide"
+    save_figure(figure, path)
+    apart = f"matches {distance.mean():.2f} m apart on average, {distance.max():.2f} m at most"
+    return f"{len(places_alpha)} places, {apart}, {share}"
+
+
+def _draw_places_on_image(part, view, cloud, places, lidar2img):
+    """The image, the sweep on it in the colours of its depth, and places as larger, ringed dots."""
+    image = _pixels(view)
+    height, width = image.shape[:2]
+    axis = part.subplots()
+    axis.imshow(image)
+    ringed = {"s": _dot(len(places), 26), "edgecolors": "black", "linewidths": 0.8}
+    for points, style in ((cloud, {"s": 1.2}), (places, ringed)):
+        uv, depth = data.project(points, lidar2img)
+        seen = data.inside_image(uv, depth, width, height)
+        dots = axis.scatter(*uv[seen].T, c=depth[seen], **DEPTH, **style)
+    part.colorbar(dots, ax=axis, label="depth, m", shrink=0.7, pad=0.01, extend="max")
+    mirrored = ", mirrored as view beta is" if _mirrored(view) else ""
+    axis.set_title(f"view alpha on the augmented image{mirrored}; its {len(places)} places ringed")
+    axis.axis("off")
 
 
 # -----------------------------------------------------------------------------
@@ -217,15 +248,17 @@ def dense_embedding(model, image, step=STEP):
     what a place at pixel u = step j, v = step i would be compared with.
     """
     feature_map = model.img_backbone(image)[-1]
-    v, u = torch.meshgrid(
-        *(torch.arange(0, edge, step, device=image.device) for edge in image.shape[2:]), indexing="ij"
-    )  # (h, w)
+    rows, columns = (torch.arange(0, edge, step, device=image.device) for edge in image.shape[2:])
+    v, u = torch.meshgrid(rows, columns, indexing="ij")  # (h, w)
     uv = torch.stack([u, v], -1).view(1, -1, 2).float()
-    rows = [
-        F.normalize(model.mlp_cross_img(ops.bilinear_sample(feature_map, part)[0]), dim=1)
-        for part in encoders.cells(model.img_backbone, uv).split(8192, dim=1)
-    ]
-    return torch.cat(rows).view(*u.shape, -1)
+    features = [_pixel_features(model, feature_map, part) for part in uv.split(8192, dim=1)]  # for the memory's sake
+    return torch.cat(features).view(*u.shape, -1)
+
+
+def _pixel_features(model, feature_map, uv):
+    """Eq. 7's image features at pixels uv (1, n, 2), l2-normalised: (n, D)."""
+    sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
+    return F.normalize(model.mlp_cross_img(sampled), dim=1)
 
 
 def on_image(grid, step, height, width):
@@ -235,7 +268,8 @@ def on_image(grid, step, height, width):
     h, w, C = grid.shape
     v, u = torch.meshgrid(torch.arange(height) / step, torch.arange(width) / step, indexing="ij")
     uv = torch.stack([u.clamp(max=w - 1), v.clamp(max=h - 1)], -1).view(1, -1, 2)
-    return ops.bilinear_sample(grid.cpu().float().permute(2, 0, 1)[None].contiguous(), uv).view(height, width, C)
+    feature_map = grid.cpu().float().permute(2, 0, 1)[None].contiguous()
+    return ops.bilinear_sample(feature_map, uv).view(height, width, C)
 
 
 def shared_colours(fit, *sets):
@@ -246,14 +280,16 @@ def shared_colours(fit, *sets):
     fit = fit.double().cpu()
     mean = fit.mean(0)
     directions = torch.linalg.svd(fit - mean, full_matrices=False).Vh[:3]  # (3, D)
-    directions = (
-        directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-    )  # SVD leaves the sign open
-    low, high = torch.quantile((fit - mean) @ directions.T, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
-    return [
-        (((x.double().cpu() - mean) @ directions.T - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).float()
-        for x in sets
-    ]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    directions = directions * largest.sign()  # SVD leaves the sign open
+    ends = torch.tensor([0.02, 0.98], dtype=torch.float64)
+    low, high = torch.quantile((fit - mean) @ directions.T, ends, dim=0)
+    span = (high - low).clamp(min=1e-9)
+    colours = []
+    for x in sets:
+        along = (x.double().cpu() - mean) @ directions.T
+        colours.append(((along - low) / span).clamp(0, 1).float())
+    return colours
 
 
 @torch.no_grad()
@@ -265,28 +301,19 @@ def embed(model, view):
     image; of Eq. 7 point (P, D), pixel (P, D) under the places, grid (h, w, D) of dense_embedding; of Eq. 4 alpha, beta
     (P, D).
     """
-    height, width = view["image"].shape[2:]
+    image = view["image"][:1]
+    height, width = image.shape[2:]
     places, features = model.pts_backbone(torch.cat([view["alpha"][:1], view["beta"][:1]]))
     uv, depth = data.project(places[:1], view["lidar2img"][:1])
-    out = {
-        "places": places[0],
-        "places_beta": places[1],
-        "uv": uv[0],
-        "depth": depth[0],
-        "visible": data.inside_image(uv, depth, width, height)[0],
-    }
+    visible = data.inside_image(uv, depth, width, height)
+    out = {"places": places[0], "places_beta": places[1], "uv": uv[0], "depth": depth[0], "visible": visible[0]}
     if hasattr(model, "mlp_cross_img"):
-        feature_map = model.img_backbone(view["image"][:1])[-1]
-        sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
-        out |= {
-            "point": F.normalize(model.mlp_cross_points(features[0]), dim=1),
-            "pixel": F.normalize(model.mlp_cross_img(sampled), dim=1),
-        }
-        out["grid"] = dense_embedding(model, view["image"][:1])
+        out["point"] = F.normalize(model.mlp_cross_points(features[0]), dim=1)
+        out["pixel"] = _pixel_features(model, model.img_backbone(image)[-1], uv)
+        out["grid"] = dense_embedding(model, image)
     if hasattr(model, "mlp_intro_points"):
-        out["alpha"], out["beta"] = F.normalize(model.mlp_intro_points(features.flatten(0, 1)), dim=1).view(
-            2, len(places[0]), -1
-        )
+        both = F.normalize(model.mlp_intro_points(features.flatten(0, 1)), dim=1)
+        out["alpha"], out["beta"] = both.view(2, len(places[0]), -1)
     return {k: v.cpu() for k, v in out.items()}
 
 
@@ -302,176 +329,8 @@ def ranks(found):
     int64, 0 is best.
     """
     cosine = found["point"] @ found["pixel"].T  # (P, P)
-    return (cosine > cosine.diagonal()[:, None])[:, found["visible"]].sum(1)
-
-
-# -----------------------------------------------------------------------------
-# pictures of one frame
-
-
-def edges_in_depth(uv, depth, things, width, count=3):
-    """The (u, v) of up to `count` spots where near things hide far ones, an eighth of the width apart: where
-    misalignment would show.
-    """
-    near, neighbour = cKDTree(uv).query(uv, min(12, len(uv)))
-    du, dv = np.abs(uv[neighbour] - uv[:, None]).transpose(2, 0, 1)
-    beside = (near < width / 60) & (
-        dv < du
-    )  # the ground's depth jumps from one scan line to the next, but not along it
-    jump = np.where(beside, depth[neighbour] / depth[:, None], 1).max(1)
-    edge = (jump > 1.3) & (depth < 40) & things
-    size = width / 8
-    spots = uv[edge]
-    crowd = np.array([len(x) for x in cKDTree(spots).query_ball_point(spots, size / 4)]) if len(spots) else np.zeros(0)
-    chosen = []
-    for i in np.argsort(-crowd, kind="stable"):
-        if len(chosen) < count and all(abs(spots[i] - c).max() > size for c in chosen):
-            chosen.append(spots[i])
-    return chosen
-
-
-def draw_projection(view, path, title, things):
-    """Does the sweep lie on the image? Every point on the augmented image, coloured by depth, and below it close-ups of
-    where near things hide far ones. -> what was measured.
-    """
-    image = _pixels(view)
-    height, width = image.shape[:2]
-    points = view["alpha"][0].double().cpu().numpy()
-    uv, depth = data.project(points, view["lidar2img"][0].double().cpu().numpy())
-    seen = data.inside_image(uv, depth, width, height)
-    order = np.flatnonzero(seen)[np.argsort(-depth[seen], kind="stable")]  # near over far
-    points, uv, depth = points[order], uv[order], depth[order]
-    plt, figure = _figure(15, 1.6 + 14 * height / width + 4.4)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.7 + 14 * height / width, 4.6])
-    axis = top.subplots()
-    spots = edges_in_depth(uv, depth, points[:, 2] > things, width)
-    axis.imshow(image)
-    dots = axis.scatter(
-        *uv.T, c=depth, cmap="turbo", vmin=0, vmax=FAR, s=np.clip(20000 / len(points), 2.5, 6), linewidths=0
-    )
-    top.colorbar(dots, ax=axis, label="depth of the LiDAR point, m", shrink=0.8, pad=0.01, extend="max")
-    axis.set_title(f"{title}\nevery LiDAR point in the colour of its depth", fontsize=11)
-    axis.set_xlabel("u, pixels")
-    axis.set_ylabel("v, pixels")
-    parallax = "(beside an edge the LiDAR, which stands elsewhere than the camera, sees a little past it)"
-    bottom.suptitle(
-        f"close-ups of the boxes: colours should change where the image shows the edge of a thing {parallax}",
-        fontsize=11,
-    )
-    w, h = width / 8, width / 8 * 0.8
-    for i, (spot, close) in enumerate(zip(spots, np.atleast_1d(bottom.subplots(1, max(len(spots), 1)))), start=1):
-        u = np.clip(spot[0] - w / 2, -0.5, width - 0.5 - w)
-        v = np.clip(spot[1] - h / 2, -0.5, max(height - 0.5 - h, -0.5))
-        axis.add_patch(plt.Rectangle((u, v), w, h, fill=False, ec="white", lw=1.5))
-        axis.text(
-            u + w / 60,
-            v + h / 40,
-            str(i),
-            color="white",
-            va="top",
-            fontsize=11,
-            weight="bold",
-            bbox={"fc": "black", "pad": 1, "lw": 0},
-        )
-        close.imshow(image, interpolation="bicubic")
-        close.scatter(*uv.T, c=depth, cmap="turbo", vmin=0, vmax=FAR, s=16, edgecolors="black", linewidths=0.3)
-        close.set_xlim(u, u + w)
-        close.set_ylim(v + h, v)
-        close.set_title(str(i), fontsize=10)
-        close.tick_params(labelsize=7)
-    _save(plt, figure, path)
-    return f"{len(seen)} points, {100 * seen.mean():.1f} % in the image, {depth.min():.1f} to {depth.max():.1f} m deep"
-
-
-def _coloured_cloud(axis, cloud, places, colours, title, left=True):
-    """A cloud (N, 3+) from above, each point in the colour (P, 3) of its nearest place (P, 3), which is ringed."""
-    nearest = cKDTree(places).query(cloud[:, :3])[1]
-    axis.scatter(-cloud[:, 1], cloud[:, 0], s=np.clip(14000 / len(cloud), 1.0, 4), c=colours[nearest], linewidths=0)
-    axis.scatter(-places[:, 1], places[:, 0], s=_dot(len(places), 20), c=colours, edgecolors="black", linewidths=0.5)
-    _from_above(axis, title, left)
-
-
-def draw_features(view, found, path, title, match_places):
-    """Do features mean the same everywhere? `found` is embed(model, view), match_places as for draw_pairs. Features as
-    colours, by three principal components. Above, Eq. 7: places in the colours of their point features, on the image
-    and from above, and the image in those of its own. Below, Eq. 4: both views from above. -> what was measured.
-    """
-    image, seen = _pixels(view), found["visible"].numpy()
-    height, width = image.shape[:2]
-    alpha, beta = (view[k][0].cpu().numpy() for k in ("alpha", "beta"))
-    places, places_beta, uv = (found[k].numpy() for k in ("places", "places_beta", "uv"))
-    said = []
-    inter, intra = "point" in found, "alpha" in found
-    tall = 9.8 * height / width  # inches of an image
-    heights = [2 * tall + 1.8] * inter + [6.0] * intra
-    plt, figure = _figure(15, sum(heights))
-    parts = figure.subfigures(inter + intra, 1, height_ratios=heights, squeeze=False)[:, 0]
-
-    if inter:
-        # each set around its own mean: a softmax over pixels does not see what all pixels share, so Eq. 7 leaves that
-        # free
-        pixel_mean, point_mean = found["pixel"][seen].mean(0), found["point"][seen].mean(0)
-        point, pixel, grid = found["point"] - point_mean, found["pixel"] - pixel_mean, found["grid"] - pixel_mean
-        point_rgb, grid_rgb = shared_colours(torch.cat([point[seen], pixel[seen]]), point, grid)
-        tint = on_image(grid_rgb, STEP, height, width).numpy()
-        grey = image.mean(2, keepdims=True)
-        rank = 100 * np.median(ranks(found)[seen]) / max(seen.sum() - 1, 1)
-        images, above = parts[0].subfigures(1, 2, width_ratios=[0.68, 0.32])
-        parts[0].suptitle(
-            f"{title}: inter-modal features (Eq. 7) as colours\na dot should have the colour of the image beneath it"
-            f" (median rank of a place's own pixel among all: {rank:.0f} %, 0 best, chance 50 %)", fontsize=11,
-        )  # fmt: skip
-        upper, lower = images.subplots(2, 1)
-        upper.imshow(np.repeat(0.25 + 0.75 * grey, 3, 2))
-        upper.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=_dot(len(places)), edgecolors="black", linewidths=0.6)
-        upper.set_title("places in the colours of their point features", fontsize=10)
-        lower.imshow(tint * (0.5 + 0.5 * grey))
-        lower.scatter(*uv[seen].T, c=point_rgb[seen].numpy(), s=_dot(len(places)), edgecolors="black", linewidths=0.6)
-        lower.set_title("the image in the colours of its own features, the same places on it", fontsize=10)
-        for axis in (upper, lower):
-            axis.set_xticks([])
-            axis.set_yticks([])
-        _coloured_cloud(
-            above.subplots(),
-            alpha,
-            places,
-            point_rgb.numpy(),
-            "the same places from above (ringed),\nthe sweep in the colour of the nearest place",
-        )
-        said.append(
-            f"inter: median rank of a place's own pixel among the frame's places {rank:.1f} %, 0 best, chance 50 %"
-        )
-    if intra:
-        T = view["T"][0].double().cpu().numpy()
-        partner = match_places(places @ T[:3, :3].T + T[:3, 3], places_beta.astype(np.float64))
-        alpha_rgb, beta_rgb = shared_colours(torch.cat([found["alpha"], found["beta"]]), found["alpha"], found["beta"])
-        cosine = found["alpha"] @ found["beta"][partner].T
-        top1 = (cosine >= cosine.diagonal()[:, None]).sum(1) == 1
-        off = (cosine.sum() - cosine.diagonal().sum()) / max(cosine.numel() - len(cosine), 1)
-        parts[-1].suptitle(
-            f"{title}: intra-modal features (Eq. 4) as colours\na thing should have the same colour in both views"
-            f" (matched places: mean cosine {cosine.diagonal().mean():.2f}, all others {off:.2f})", fontsize=11,
-        )  # fmt: skip
-        left, right = parts[-1].subplots(1, 2)
-        _coloured_cloud(left, alpha, places, alpha_rgb.numpy(), "view alpha from above")
-        _coloured_cloud(
-            right,
-            beta,
-            places_beta,
-            beta_rgb.numpy(),
-            "view beta from above: turned, scaled" + (" and mirrored" if _mirrored(view) else ""),
-            False,
-        )
-        said.append(
-            f"intra: matched places have cosine {cosine.diagonal().mean():.2f}, others {off:.2f}; {100 * top1.float().mean():.0f} % have it as the best of all"
-        )
-    said += [
-        f"no {name} branch in this checkpoint, no picture of it"
-        for name, has in (("inter-modal", inter), ("intra-modal", intra))
-        if not has
-    ]
-    _save(plt, figure, path)
-    return "; ".join(said)
+    better = cosine > cosine.diagonal()[:, None]
+    return better[:, found["visible"]].sum(1)
 
 
 def choose_place(found, height, width, things, point=None, pixel=None):
@@ -487,23 +346,214 @@ def choose_place(found, height, width, things, point=None, pixel=None):
     for flag, given in (("--point", point), ("--pixel", pixel)):
         if given is not None and not np.isfinite(given).all():
             raise BadInput(f"{flag} {' '.join(map(str, given))}: not finite")
+
     if point is not None:
         distance = np.linalg.norm(places - np.array(point), axis=1)
         i = int(np.where(seen, distance, np.inf).argmin())
         return i, f"place nearest to --point, {distance[i]:.1f} m from it"
     if pixel is not None:
         if not data.inside_image(np.array(pixel), np.ones(()), width, height):
-            raise BadInput(
-                f"--pixel {pixel[0]:g} {pixel[1]:g}: outside the image, which is {width} x {height} as the network sees it"
-            )
+            size = f"{width} x {height} as the network sees it"
+            raise BadInput(f"--pixel {pixel[0]:g} {pixel[1]:g}: outside the image, which is {size}")
         distance = np.linalg.norm(uv - np.array(pixel), axis=1)
         i = int(np.where(seen, distance, np.inf).argmin())
         return i, f"place nearest to --pixel, {distance[i]:.0f} pixels from it"
-    stands = seen & (places[:, 2] > things) & (found["depth"].numpy() < 20)
     distance = np.linalg.norm(uv - np.array([width / 2, height / 2]), axis=1)
-    return int(
-        np.where(stands if stands.any() else seen, distance, np.inf).argmin()
-    ), "place off the ground nearest the middle of the image"
+    stands = seen & (places[:, 2] > things) & (found["depth"].numpy() < 20)
+    wanted = stands if stands.any() else seen
+    i = int(np.where(wanted, distance, np.inf).argmin())
+    return i, "place off the ground nearest the middle of the image"
+
+
+def edges_in_depth(uv, depth, things, width, count=3):
+    """The (u, v) of up to `count` spots where near things hide far ones, an eighth of the width apart: where
+    misalignment would show. uv (n, 2), depth (n,); things (n,): which points are of things, not of the ground.
+    """
+    if len(uv) < 2:
+        return []
+    near, neighbour = cKDTree(uv).query(uv, min(12, len(uv)))
+    du, dv = np.abs(uv[neighbour] - uv[:, None]).transpose(2, 0, 1)
+    # beside, not above: the ground's depth jumps from one scan line to the next, but not along it
+    beside = (near < width / 60) & (dv < du)
+    jump = np.where(beside, depth[neighbour] / depth[:, None], 1).max(1)
+    edge = (jump > 1.3) & (depth < 40) & things
+    spots = uv[edge]
+    if not len(spots):
+        return []
+    size = width / 8
+    crowd = np.array([len(x) for x in cKDTree(spots).query_ball_point(spots, size / 4)])
+    chosen = []
+    for i in np.argsort(-crowd, kind="stable"):
+        if len(chosen) < count and all(abs(spots[i] - c).max() > size for c in chosen):
+            chosen.append(spots[i])
+    return chosen
+
+
+# -----------------------------------------------------------------------------
+# pictures of one frame
+
+
+def draw_projection(view, path, title, things):
+    """Does the sweep lie on the image? Every point on the augmented image, coloured by depth, and below it close-ups of
+    where near things hide far ones. things: z, metres, above which a point is not of the ground. -> what was measured.
+    """
+    image = _pixels(view)
+    height, width = image.shape[:2]
+    points, lidar2img = _numpy(view, "alpha", "lidar2img")
+    uv, depth = data.project(points, lidar2img)
+    seen = data.inside_image(uv, depth, width, height)
+    order = np.flatnonzero(seen)[np.argsort(-depth[seen], kind="stable")]  # near over far
+    points, uv, depth = points[order], uv[order], depth[order]
+
+    tall = 14 * height / width  # inches of the image
+    figure = new_figure(15, 1.6 + tall + 4.4)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.7 + tall, 4.6])
+    axis = top.subplots()
+    axis.imshow(image)
+    size = np.clip(20000 / max(len(points), 1), 2.5, 6)
+    dots = axis.scatter(*uv.T, c=depth, s=size, linewidths=0, **DEPTH)
+    top.colorbar(dots, ax=axis, label="depth of the LiDAR point, m", shrink=0.8, pad=0.01, extend="max")
+    axis.set_title(f"{title}\nevery LiDAR point in the colour of its depth", fontsize=TITLE)
+    axis.set_xlabel("u, pixels")
+    axis.set_ylabel("v, pixels")
+
+    spots = edges_in_depth(uv, depth, points[:, 2] > things, width)
+    what = "close-ups of the boxes: colours should change where the image shows the edge of a thing"
+    parallax = "(beside an edge the LiDAR, which stands elsewhere than the camera, sees a little past it)"
+    bottom.suptitle(f"{what} {parallax}", fontsize=TITLE)
+    closes = bottom.subplots(1, max(len(spots), 1), squeeze=False)[0]
+    for number, (spot, close) in enumerate(zip(spots, closes), start=1):
+        box = _box_around(spot, height, width)
+        _draw_box(axis, box, str(number))
+        close.imshow(image, interpolation="bicubic")
+        close.scatter(*uv.T, c=depth, s=16, edgecolors="black", linewidths=0.3, **DEPTH)
+        _limit_to_box(close, box)
+        close.set_title(str(number), fontsize=SMALL_TITLE)
+    save_figure(figure, path)
+    if not len(depth):
+        return f"{len(seen)} points, none in the image"
+    return f"{len(seen)} points, {100 * seen.mean():.1f} % in the image, {depth.min():.1f} to {depth.max():.1f} m deep"
+
+
+def _box_around(spot, height, width):
+    """left, top, width, height of a close-up's part of the image, in pixels."""
+    w, h = width / 8, width / 8 * 0.8
+    left = np.clip(spot[0] - w / 2, -0.5, width - 0.5 - w)
+    top = np.clip(spot[1] - h / 2, -0.5, max(height - 0.5 - h, -0.5))
+    return left, top, w, h
+
+
+def _draw_box(axis, box, number):
+    left, top, w, h = box
+    axis.add_patch(_matplotlib().patches.Rectangle((left, top), w, h, fill=False, ec="white", lw=1.5))
+    style = {"color": "white", "va": "top", "fontsize": 11, "weight": "bold"}
+    axis.text(left + w / 60, top + h / 40, number, bbox={"fc": "black", "pad": 1, "lw": 0}, **style)
+
+
+def _limit_to_box(axis, box):
+    left, top, w, h = box
+    axis.set_xlim(left, left + w)
+    axis.set_ylim(top + h, top)
+    axis.tick_params(labelsize=7)
+
+
+def draw_features(view, found, path, title, match_places):
+    """Do features mean the same everywhere? `found` is embed(model, view), match_places as for draw_pairs. Features as
+    colours, by three principal components. Above, Eq. 7: places in the colours of their point features, on the image
+    and from above, and the image in those of its own. Below, Eq. 4: both views from above. -> what was measured.
+    """
+    height, width = view["image"].shape[2:]
+    branches = {"inter-modal": "point" in found, "intra-modal": "alpha" in found}
+    heights = []  # inches
+    if branches["inter-modal"]:
+        heights.append(2 * 9.8 * height / width + 1.8)
+    if branches["intra-modal"]:
+        heights.append(6.0)
+    figure = new_figure(15, sum(heights))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+
+    said = []
+    if branches["inter-modal"]:
+        said.append(_draw_inter_features(parts[0], view, found, title))
+    if branches["intra-modal"]:
+        said.append(_draw_intra_features(parts[-1], view, found, title, match_places))
+    for branch, there in branches.items():
+        if not there:
+            said.append(f"no {branch} branch in this checkpoint, no picture of it")
+    save_figure(figure, path)
+    return "; ".join(said)
+
+
+def _draw_inter_features(part, view, found, title):
+    """Eq. 7: places on the image and from above, and the image, in the colours of their features. -> the rank, said."""
+    image, seen = _pixels(view), found["visible"].numpy()
+    height, width = image.shape[:2]
+    places, uv = found["places"].numpy(), found["uv"].numpy()
+    # each set around its own mean: a softmax over pixels does not see what all pixels share, so Eq. 7 leaves it free
+    pixel_mean, point_mean = found["pixel"][seen].mean(0), found["point"][seen].mean(0)
+    point, pixel, grid = found["point"] - point_mean, found["pixel"] - pixel_mean, found["grid"] - pixel_mean
+    point_rgb, grid_rgb = shared_colours(torch.cat([point[seen], pixel[seen]]), point, grid)
+    tint = on_image(grid_rgb, STEP, height, width).numpy()
+    rank = 100 * np.median(ranks(found)[seen]) / max(seen.sum() - 1, 1)
+
+    images, above = part.subfigures(1, 2, width_ratios=[0.68, 0.32])
+    measured = f"(median rank of a place's own pixel among all: {rank:.0f} %, 0 best, chance 50 %)"
+    part.suptitle(
+        f"{title}: inter-modal features (Eq. 7) as colours\n"
+        f"a dot should have the colour of the image beneath it {measured}",
+        fontsize=TITLE,
+    )
+    upper, lower = images.subplots(2, 1)
+    upper.imshow(_grey(image, 0.25))
+    upper.set_title("places in the colours of their point features", fontsize=SMALL_TITLE)
+    lower.imshow(tint * _grey(image, 0.5))
+    lower.set_title("the image in the colours of its own features, the same places on it", fontsize=SMALL_TITLE)
+    for axis in (upper, lower):
+        colours = point_rgb[seen].numpy()
+        axis.scatter(*uv[seen].T, c=colours, s=_dot(len(places)), edgecolors="black", linewidths=0.6)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    what = "the same places from above (ringed),\nthe sweep in the colour of the nearest place"
+    _coloured_cloud(above.subplots(), view["alpha"][0].cpu().numpy(), places, point_rgb.numpy(), what)
+    return f"inter: median rank of a place's own pixel among the frame's places {rank:.1f} %, 0 best, chance 50 %"
+
+
+def _draw_intra_features(part, view, found, title, match_places):
+    """Eq. 4: both views from above, in the colours of their features. -> cosines and top-1, said."""
+    places, places_beta = found["places"].numpy(), found["places_beta"].numpy()
+    [T] = _numpy(view, "T")
+    partner = match_places(places @ T[:3, :3].T + T[:3, 3], places_beta.astype(np.float64))
+    cosine = found["alpha"] @ found["beta"][partner].T  # (P, P)
+    own = cosine.diagonal()
+    top1 = (cosine >= own[:, None]).sum(1) == 1
+    others = (cosine.sum() - own.sum()) / max(cosine.numel() - len(cosine), 1)
+
+    part.suptitle(
+        f"{title}: intra-modal features (Eq. 4) as colours\na thing should have the same colour in both views"
+        f" (matched places: mean cosine {own.mean():.2f}, all others {others:.2f})",
+        fontsize=TITLE,
+    )
+    both = torch.cat([found["alpha"], found["beta"]])
+    alpha_rgb, beta_rgb = shared_colours(both, found["alpha"], found["beta"])
+    left, right = part.subplots(1, 2)
+    mirrored = " and mirrored" if _mirrored(view) else ""
+    alpha, beta = (view[key][0].cpu().numpy() for key in ("alpha", "beta"))
+    _coloured_cloud(left, alpha, places, alpha_rgb.numpy(), "view alpha from above")
+    what = f"view beta from above: turned, scaled{mirrored}"
+    _coloured_cloud(right, beta, places_beta, beta_rgb.numpy(), what, left=False)
+    best = f"{100 * top1.float().mean():.0f} % have it as the best of all"
+    return f"intra: matched places have cosine {own.mean():.2f}, others {others:.2f}; {best}"
+
+
+def _coloured_cloud(axis, cloud, places, colours, title, left=True):
+    """A cloud (N, 3+) from above, each point in the colour (P, 3) of its nearest place (P, 3), which is ringed."""
+    nearest = cKDTree(places).query(cloud[:, :3])[1]
+    axis.scatter(-cloud[:, 1], cloud[:, 0], s=np.clip(14000 / len(cloud), 1.0, 4), c=colours[nearest], linewidths=0)
+    axis.scatter(-places[:, 1], places[:, 0], s=_dot(len(places), 20), c=colours, edgecolors="black", linewidths=0.5)
+    from_above(axis, title, left)
+
+
+STAR = {"marker": "*", "s": 330, "c": "white", "edgecolors": "black", "linewidths": 1.3, "zorder": 5}
 
 
 def draw_similarity(view, found, path, place, title):
@@ -514,62 +564,72 @@ def draw_similarity(view, found, path, place, title):
     """
     image, seen = _pixels(view), found["visible"].numpy()
     height, width = image.shape[:2]
-    alpha, places, uv = view["alpha"][0].cpu().numpy(), found["places"].numpy(), found["uv"].numpy()
-    inter = "point" in found
-    plt, figure = _figure(15, max(0.7 + (1 + inter) * (9.2 * height / width + 0.65), 6))
+    uv, inter = found["uv"].numpy(), "point" in found
+    rows = 2 if inter else 1
+    figure = new_figure(15, max(0.7 + rows * (9.2 * height / width + 0.65), 6))
     figure.suptitle(title, fontsize=12)
-    star = {"marker": "*", "s": 330, "c": "white", "edgecolors": "black", "linewidths": 1.3, "zorder": 5}
-    grey = np.repeat(0.2 + 0.8 * image.mean(2, keepdims=True), 3, 2)
     left, right = figure.subfigures(1, 2, width_ratios=[0.7, 0.3])
-    axes = left.subplots(1 + inter, 1, squeeze=False)[:, 0]
+    axes = left.subplots(rows, 1, squeeze=False)[:, 0]
 
     if inter:
-        heat = similarity_map(found["grid"], found["point"][place], height, width).numpy()
-        low, high = np.percentile(heat, [2, 99.8])
-        axes[0].imshow(grey)
-        shown = axes[0].imshow(heat, cmap="turbo", vmin=low, vmax=high, alpha=0.6)
-        axes[0].scatter(*uv[seen].T, s=_dot(len(places), 9), facecolors="none", edgecolors="black", linewidths=0.6)
-        left.colorbar(
-            shown, cax=axes[0].inset_axes([1.01, 0, 0.015, 1]), label="cosine", extend="both"
-        ).solids.set_alpha(1)
-        rank, candidates = int(ranks(found)[place]), int(seen.sum())
-        own = (found["point"][place] @ found["pixel"][place]).item()
-        what = f"its own pixel has cosine {own:.2f} and ranks {rank + 1} of {candidates}, 1 is best, among the pixels of all places (circles)"
-        axes[0].set_title(f"cosine of its point feature with the image feature at every pixel;\n{what}", fontsize=10)
+        what = _draw_similar_pixels(left, axes[0], image, found, place)
+        said = f"inter: {what}"
         values = (found["point"] @ found["pixel"][place]).numpy()
-        reverse, said = (
-            "the other way round: cosine of the image feature at the star with the point feature of every place",
-            f"inter: {what}",
-        )
+        lower = "the other way round: cosine of the image feature at the star with the point feature of every place"
+        above = "the lower picture from above"
     else:
+        said = "no inter-modal branch in this checkpoint: points against points"
         values = (found["alpha"] @ found["alpha"][place]).numpy()
-        reverse, said = (
-            "cosine of its point feature (Eq. 4) with those of all places",
-            "no inter-modal branch in this checkpoint: points against points",
-        )
+        lower = "cosine of its point feature (Eq. 4) with those of all places"
+        above = "the same from above"
+    # the place itself may be its own best, so the scale ends at the second
     limits = {"cmap": "turbo", "vmin": np.percentile(values[seen], 2), "vmax": np.sort(values[seen])[-2:].min()}
-    axes[-1].imshow(grey)
-    axes[-1].scatter(*uv[seen].T, c=values[seen], s=_dot(len(places)), edgecolors="black", linewidths=0.6, **limits)
-    axes[-1].set_title(reverse, fontsize=10)
+    ringed = {"edgecolors": "black", "linewidths": 0.6}
+    axes[-1].imshow(_grey(image, 0.2))
+    axes[-1].scatter(*uv[seen].T, c=values[seen], s=_dot(len(uv)), **ringed, **limits)
+    axes[-1].set_title(lower, fontsize=SMALL_TITLE)
     for axis in axes:
-        axis.scatter(*uv[place], **star)
+        axis.scatter(*uv[place], **STAR)
         axis.set_ylabel("v, pixels")
-        axis.set_xlim(-0.5, width - 0.5)
-        axis.set_ylim(height - 0.5, -0.5)
+        limit_to_image(axis, height, width)
     axes[-1].set_xlabel("u, pixels")
-    above = right.subplots()
-    nearest = cKDTree(places).query(alpha[:, :3])[1]
-    above.scatter(
-        -alpha[:, 1], alpha[:, 0], s=np.clip(14000 / len(alpha), 1.0, 4), c=values[nearest], linewidths=0, **limits
-    )
-    dots = above.scatter(
-        -places[:, 1], places[:, 0], c=values, s=_dot(len(places), 20), edgecolors="black", linewidths=0.5, **limits
-    )
-    above.scatter(-places[place, 1], places[place, 0], **star)
-    right.colorbar(dots, ax=above, label="cosine", pad=0.01, extend="both", location="bottom", shrink=0.8)
-    _from_above(above, "the lower picture from above" if inter else "the same from above")
-    _save(plt, figure, path)
+    _draw_similar_places(right, view, found, place, values, limits, above)
+    save_figure(figure, path)
     return said
+
+
+def _draw_similar_pixels(part, axis, image, found, place):
+    """The cosine of a place's point feature with the image feature at every pixel. -> what its own pixel has, said."""
+    height, width = image.shape[:2]
+    seen, uv = found["visible"].numpy(), found["uv"].numpy()
+    feature = found["point"][place]
+    heat = similarity_map(found["grid"], feature, height, width).numpy()
+    low, high = np.percentile(heat, [2, 99.8])
+    axis.imshow(_grey(image, 0.2))
+    shown = axis.imshow(heat, cmap="turbo", vmin=low, vmax=high, alpha=0.6)
+    axis.scatter(*uv[seen].T, s=_dot(len(uv), 9), facecolors="none", edgecolors="black", linewidths=0.6)
+    bar = part.colorbar(shown, cax=axis.inset_axes([1.01, 0, 0.015, 1]), label="cosine", extend="both")
+    bar.solids.set_alpha(1)
+    own = (feature @ found["pixel"][place]).item()
+    rank = f"{int(ranks(found)[place]) + 1} of {int(seen.sum())}, 1 is best"
+    what = f"its own pixel has cosine {own:.2f} and ranks {rank}, among the pixels of all places (circles)"
+    title = f"cosine of its point feature with the image feature at every pixel;\n{what}"
+    axis.set_title(title, fontsize=SMALL_TITLE)
+    return what
+
+
+def _draw_similar_places(part, view, found, place, values, limits, title):
+    """Places from above in the colours of `values` (P,), the sweep in that of the nearest place, a star at `place`."""
+    cloud, places = view["alpha"][0].cpu().numpy(), found["places"].numpy()
+    axis = part.subplots()
+    nearest = cKDTree(places).query(cloud[:, :3])[1]
+    size = np.clip(14000 / len(cloud), 1.0, 4)
+    axis.scatter(-cloud[:, 1], cloud[:, 0], s=size, c=values[nearest], linewidths=0, **limits)
+    ringed = {"s": _dot(len(places), 20), "edgecolors": "black", "linewidths": 0.5}
+    dots = axis.scatter(-places[:, 1], places[:, 0], c=values, **ringed, **limits)
+    axis.scatter(-places[place, 1], places[place, 0], **STAR)
+    part.colorbar(dots, ax=axis, label="cosine", pad=0.01, extend="both", location="bottom", shrink=0.8)
+    from_above(axis, title)
 
 
 # -----------------------------------------------------------------------------
@@ -583,37 +643,38 @@ def draw_overlay(frames, path):
     uint8, points (N, 3+) in range, lidar2img (3, 4), boxes: arrays (12, 2, 2) of the pixels of their edges)].
     """
     ratios = [image.shape[0] / image.shape[1] for _, image, *_ in frames]
-    plt, figure = _figure(13, 11.8 * sum(ratios) + 0.25 * len(frames) + 0.4)
-    from matplotlib.collections import LineCollection
-    from matplotlib.colors import LogNorm
-
+    figure = new_figure(13, 11.8 * sum(ratios) + 0.25 * len(frames) + 0.4)
     axes = figure.subplots(len(frames), 1, squeeze=False, height_ratios=ratios)[:, 0]
-    for axis, (title, image, points, lidar2img, boxes) in zip(axes, frames):
-        height, width = image.shape[:2]
-        uv, depth = data.project(points.astype(np.float64), lidar2img)
-        seen = data.inside_image(uv, depth, width, height)
-        nearest_last = np.flatnonzero(seen)[depth[seen].argsort()[::-1]]
-        axis.imshow(40 + 0.8 * image.mean(2), cmap="gray", vmin=0, vmax=255)  # grey, so that all colour is depth
-        dots = axis.scatter(
-            *uv[nearest_last].T, c=depth[nearest_last], cmap="turbo_r", norm=LogNorm(4, 64), s=4, linewidths=0
-        )
-        for lines in boxes:
-            axis.add_collection(LineCollection(lines, colors="black", linewidths=2.6))
-            axis.add_collection(LineCollection(lines, colors="white", linewidths=1.2))
-        labelled = f", {len(boxes)} labelled boxes" if boxes else ""
-        axis.set_title(title + labelled, fontsize=11)
-        axis.set_xlim(-0.5, width - 0.5)
-        axis.set_ylim(height - 0.5, -0.5)
-        axis.axis("off")
+    for axis, frame in zip(axes, frames):
+        dots = _draw_sweep_and_boxes(axis, *frame)
+    ticks = {"ticks": [4, 8, 16, 32, 64], "format": "%d"}
     bar = figure.colorbar(
-        dots, ax=list(axes), label="depth of LiDAR points, m", shrink=0.6, pad=0.01, extend="both",
-        ticks=[4, 8, 16, 32, 64], format="%d",
-    )  # fmt: skip
+        dots, ax=list(axes), label="depth of LiDAR points, m", shrink=0.6, pad=0.01, extend="both", **ticks
+    )
     bar.minorticks_off()
     white = "; white: 3D boxes of the labels" if any(boxes for *_, boxes in frames) else ""
     what = "Sweeps on their images: where the colour jumps, the image must have an outline"
     figure.suptitle(what + white, fontsize=12)
-    _save(plt, figure, path)
+    save_figure(figure, path)
+
+
+def _draw_sweep_and_boxes(axis, title, image, points, lidar2img, boxes):
+    mpl = _matplotlib()
+    height, width = image.shape[:2]
+    uv, depth = data.project(points.astype(np.float64), lidar2img)
+    seen = data.inside_image(uv, depth, width, height)
+    order = np.flatnonzero(seen)[depth[seen].argsort()[::-1]]  # near over far
+    axis.imshow(40 + 0.8 * image.mean(2), cmap="gray", vmin=0, vmax=255)  # grey, so that all colour is depth
+    style = {"cmap": "turbo_r", "norm": mpl.colors.LogNorm(4, 64), "s": 4, "linewidths": 0}
+    dots = axis.scatter(*uv[order].T, c=depth[order], **style)
+    for lines in boxes:
+        axis.add_collection(mpl.collections.LineCollection(lines, colors="black", linewidths=2.6))
+        axis.add_collection(mpl.collections.LineCollection(lines, colors="white", linewidths=1.2))
+    labelled = f", {len(boxes)} labelled boxes" if boxes else ""
+    axis.set_title(title + labelled, fontsize=TITLE)
+    limit_to_image(axis, height, width)
+    axis.axis("off")
+    return dots
 
 
 # -----------------------------------------------------------------------------
@@ -634,169 +695,85 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     """
     height, width = truth.shape
     if not np.shape(prediction) == np.shape(image)[:2] == (height, width):
-        sizes = " x ".join(map(str, np.shape(prediction))), " x ".join(map(str, np.shape(image)[:2]))
-        raise BadInput(
-            f"{title}: prediction is {sizes[0]} (height x width), image {sizes[1]}, ground truth {height} x {width}; must be of one size"
-        )
+        predicted, seen = (" x ".join(map(str, shape)) for shape in (np.shape(prediction), np.shape(image)[:2]))
+        sizes = f"prediction is {predicted} (height x width), image {seen}, ground truth {height} x {width}"
+        raise BadInput(f"{title}: {sizes}; must be of one size")
     prediction, truth = np.asarray(prediction, np.float64), np.asarray(truth, np.float64)
     known, drawn = truth > 0, np.isfinite(prediction)
     both = known & drawn
     error = np.abs(prediction[both] - truth[both]) / truth[both]
-    if both.any():
-        off = np.median(prediction[both] / truth[both])
-        measured = f"{100 * error.mean():.1f} % off on average, {100 * np.median(error):.1f} % at the median; predictions are {off:.2f} times ground truth at the median"
-    else:
-        measured = "no ground truth to compare with"
+    measured = _measured(prediction[both], truth[both], error)
+    share = float(known.mean())
 
-    plt, figure = _figure(16, 14.9 * height / width + 1.2)
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    values = np.concatenate([truth[known], prediction[drawn & (prediction > 0)]])
-    low, far = (
-        np.quantile(values, [0.002, 0.998]) if len(values) else (1, 10)
-    )  # a few stray pixels do not stretch the scale
-    far = high or far
-    metres = {"norm": LogNorm(min(low, far / 2), far), "cmap": "turbo"}
-    relative = {"vmin": 0, "vmax": WORST, "cmap": "viridis"}
+    figure = new_figure(16, 14.9 * height / width + 1.2)
     figure.suptitle(f"{title}: {measured}", fontsize=12)
     axes = figure.subplots(2, 2)
     (upper_left, upper_right), (lower_left, lower_right) = axes
-
-    share = float(known.mean())
-    rows, columns = np.nonzero(both)
-    order = np.argsort(-truth[both], kind="stable")  # near over far
-    side = float(np.clip(1.2 * share**-0.5, 1, 8)) if share else 1.0  # pixels a dot must be wide to meet its neighbours
-
-    def known_only(axis, values, style):
-        """Values (n,) at the pixels with ground truth; where less than half have it, as enlarged dots."""
-        axis.set_facecolor("0.85")
-        if share > 0.5:
-            dense = np.full((height, width), np.nan)
-            dense[rows, columns] = values
-            return axis.imshow(dense, interpolation="nearest", **style)
-        axis.set_aspect("equal")
-        return axis.scatter(
-            columns[order],
-            rows[order],
-            c=values[order],
-            s=(side * 7.4 * 72 / width) ** 2,
-            marker="s",
-            linewidths=0,
-            **style,
-        )
+    low, far = _depth_scale(np.concatenate([truth[known], prediction[drawn & (prediction > 0)]]), high)
+    metres = {"norm": _matplotlib().colors.LogNorm(low, far), "cmap": "turbo"}
+    relative = {"vmin": 0, "vmax": WORST, "cmap": "viridis"}
 
     upper_left.imshow(image)
-    upper_left.set_title("image", fontsize=10)
-    wrong = known_only(upper_right, error, relative)
-    upper_right.set_title(
-        "error: |prediction - ground truth| / ground truth, grey where no ground truth is", fontsize=10
-    )
+    upper_left.set_title("image", fontsize=SMALL_TITLE)
+    wrong = _draw_known(upper_right, both, error, truth, share, relative)
+    what = "error: |prediction - ground truth| / ground truth, grey where no ground truth is"
+    upper_right.set_title(what, fontsize=SMALL_TITLE)
     shown = lower_left.imshow(np.where(drawn, prediction, np.nan).clip(1e-3), interpolation="nearest", **metres)
     lower_left.set_facecolor("0.85")
-    lower_left.set_title("prediction, m", fontsize=10)
-    known_only(lower_right, truth[both], metres)
-    what = f"{100 * share:.0f} % of pixels have it" + f", drawn {side:.1f} pixels wide" * (0 < share <= 0.5)
-    lower_right.set_title(f"ground truth, m, on the same scale ({what})", fontsize=10)
+    lower_left.set_title("prediction, m", fontsize=SMALL_TITLE)
+    _draw_known(lower_right, both, truth[both], truth, share, metres)
+    enlarged = f", drawn {_side(share):.1f} pixels wide" if 0 < share <= 0.5 else ""
+    what = f"ground truth, m, on the same scale ({100 * share:.0f} % of pixels have it{enlarged})"
+    lower_right.set_title(what, fontsize=SMALL_TITLE)
     for axis in axes.flat:
-        axis.set_xlim(-0.5, width - 0.5)
-        axis.set_ylim(height - 0.5, -0.5)
+        limit_to_image(axis, height, width)
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.colorbar(
-        wrong,
-        ax=[upper_left, upper_right],
-        label="relative error",
-        extend="max",
-        pad=0.01,
-        format=lambda x, _: f"{100 * x:.0f} %",
-    )
+    percent = lambda x, _: f"{100 * x:.0f} %"
+    upper = [upper_left, upper_right]
+    figure.colorbar(wrong, ax=upper, label="relative error", extend="max", pad=0.01, format=percent)
     bar = figure.colorbar(shown, ax=[lower_left, lower_right], label="depth, m", extend="both", pad=0.01, format="%g")
-    bar.ax.yaxis.set_major_locator(FixedLocator([t for t in TICKS if metres["norm"].vmin <= t <= far]))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    _save(plt, figure, path)
+    ticker = _matplotlib().ticker
+    bar.ax.yaxis.set_major_locator(ticker.FixedLocator([t for t in TICKS if low <= t <= far]))
+    bar.ax.yaxis.set_minor_locator(ticker.NullLocator())
+    save_figure(figure, path)
+
+    said = f"{int(both.sum())} pixels with ground truth, {100 * share:.1f} % of all: {measured}"
     missing = int((known & ~drawn).sum())
-    return (
-        f"{int(both.sum())} pixels with ground truth, {100 * share:.1f} % of all: {measured}"
-        + f"; prediction NaN or infinite at {missing}" * bool(missing)
-    )
+    return f"{said}; prediction NaN or infinite at {missing}" if missing else said
 
 
-# -----------------------------------------------------------------------------
-# boxes
-
-LABELLED, FOUND = "tab:green", "tab:red"
-RING = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4]  # a path along the edges of a box's bottom, one upright edge, and its top
-UPRIGHT = [(1, 5), (2, 6), (3, 7)]  # the other upright edges
-SHOWN = 0.3  # of detections, the score from which they are drawn
-
-
-def draw_det3d_curves(log_path, path):
-    """The three losses, AP of held-out frames where it was asked more than once, and the learning rate."""
-    lines = read_log(log_path)
-    log, judged = ([line for line in lines if key in line] for key in ("lr", "det3d"))
-    steps = [line["step"] for line in log]
-    losses = []
-    for loss, colour in (("classes", "tab:blue"), ("boxes", "tab:orange"), ("direction", "tab:green")):
-        losses.append((steps, [line[loss] for line in log], {"color": colour, "label": loss}))
-    scores = []
-    if len(judged) > 1:
-        at = [line["step"] for line in judged]
-        for name, colour in (("Car", "tab:blue"), ("Pedestrian", "tab:orange"), ("Cyclist", "tab:green")):
-            ap = [line["det3d"][name]["3d loose"]["AP40"][1] for line in judged]
-            scores.append((at, ap, {"color": colour, "marker": "o", "ms": 3, "label": name}))
-    rate = [(steps, [line["lr"][0] for line in log], {"label": "AdamW"})]
-    panels = {"losses": losses, "unseen frames: 3D AP40, loose, moderate, %": scores, "learning rate": rate}
-    _draw_panels(panels if log else {}, path)
+def _measured(prediction, truth, error):
+    """What depths (n,), beside ground truth (n,), are wrong by, in words. error: relative, (n,)."""
+    if not len(error):
+        return "no ground truth to compare with"
+    mean, median = 100 * error.mean(), 100 * np.median(error)
+    times = f"predictions are {np.median(prediction / truth):.2f} times ground truth at the median"
+    return f"{mean:.1f} % off on average, {median:.1f} % at the median; {times}"
 
 
-def draw_det3d(scene, boxes, scores, classes, path, title):
-    """Are the boxes right? Labelled boxes green, found ones red with their scores: on the image, and seen from above.
+def _depth_scale(values, high):
+    """Where the colours of depths (n,) begin and end, metres. A few stray pixels do not stretch the scale."""
+    low, far = np.quantile(values, [0.002, 0.998]) if len(values) else (1, 10)
+    far = high or far
+    return min(low, far / 2), far
 
-    scene: data_det3d.Scene; boxes (n, 7), scores (n,), classes (n,): of a detector. Those above a score of SHOWN are
-    drawn. -> what was found, in words.
-    """
-    shown = scores > SHOWN
-    boxes, scores, classes = boxes[shown], scores[shown], classes[shown]
-    known = scene.classes >= 0
-    truth, truth_classes = scene.boxes[known], scene.classes[known]
-    height, width = scene.image.shape[:2]
-    plt, figure = _figure(14, 14 * height / width + 9.4)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[14 * height / width + 0.8, 8.6])
-    on_image, above = top.subplots(), bottom.subplots()
-    on_image.imshow(scene.image)
-    far = max(30.0, *(float(b[0]) + 8 for b in (*truth, *boxes)))
-    cloud = scene.points[scene.points[:, 0] < far]
-    above.scatter(-cloud[:, 1], cloud[:, 0], s=0.6, c="0.6", linewidths=0)
-    for kind, colour, style in ((truth, LABELLED, "-"), (boxes, FOUND, "--")):
-        corners = ops_boxes.corners(kind)  # (n, 8, 3)
-        for box, points in zip(kind, corners):
-            uv, depth = data.project(points, scene.lidar2img)
-            if depth.min() > 0.5:
-                on_image.plot(*uv[RING].T, style, c=colour, lw=1.4)
-                for pair in UPRIGHT:
-                    on_image.plot(*uv[list(pair)].T, style, c=colour, lw=1.4)
-            ring = points[[0, 1, 2, 3, 0]]
-            above.plot(-ring[:, 1], ring[:, 0], style, c=colour, lw=1.6)
-            ahead = box[:2] + (points[0, :2] + points[3, :2] - 2 * box[:2]) * 0.75
-            above.plot([-box[1], -ahead[1]], [box[0], ahead[0]], style, c=colour, lw=1.2)
-    for box, points, score, k in zip(boxes, ops_boxes.corners(boxes), scores, classes):
-        said = f"{data_det3d.CLASSES[k]} {score:.2f}"
-        above.text(-box[1] + 1.2, box[0], said, color=FOUND, fontsize=9, va="center", clip_on=True)
-        uv, depth = data.project(points, scene.lidar2img)
-        if depth.min() > 0.5:
-            at = uv.min(0)
-            patch = {"fc": "white", "alpha": 0.7, "pad": 0.8, "lw": 0}
-            on_image.text(at[0], at[1] - 3, said, color=FOUND, fontsize=8, va="bottom", bbox=patch, clip_on=True)
-    counts = [f"{name} {(truth_classes == k).sum()} labelled, {(classes == k).sum()} found"
-              for k, name in enumerate(data_det3d.CLASSES)]  # fmt: skip
-    said = "; ".join(counts)
-    top.suptitle(f"{title}: labelled boxes green, found ones (score above {SHOWN}) red and dashed\n{said}", fontsize=12)
-    on_image.set_xlim(-0.5, width - 0.5)
-    on_image.set_ylim(height - 0.5, -0.5)
-    on_image.axis("off")
-    _from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
-    above.set_ylim(0, far)
-    above.set_xlim(-28, 28)
-    _save(plt, figure, path)
-    return said
+
+def _side(share):
+    """How many pixels wide a dot must be to meet its neighbours, where this share of the pixels has one."""
+    return float(np.clip(1.2 * share**-0.5, 1, 8)) if share else 1.0
+
+
+def _draw_known(axis, where, values, truth, share, style):
+    """values (n,) at the pixels `where` (H, W); as enlarged dots where less than half of the image has ground truth."""
+    height, width = truth.shape
+    axis.set_facecolor("0.85")
+    if share > 0.5:
+        dense = np.full((height, width), np.nan)
+        dense[where] = values
+        return axis.imshow(dense, interpolation="nearest", **style)
+    axis.set_aspect("equal")
+    order = np.argsort(-truth[where], kind="stable")  # near over far
+    rows, columns = (x[order] for x in np.nonzero(where))
+    area = (_side(share) * 7.4 * 72 / width) ** 2
+    return axis.scatter(columns, rows, c=values[order], s=area, marker="s", linewidths=0, **style)

@@ -208,6 +208,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([rows[:n] for rows, n in zip(out, counts)])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad = grad.contiguous()
         dist.all_reduce(

@@ -72,8 +72,8 @@ class Config:
     data_root: tuple[str, ...] = ("data/kitti",)
     """Folder in that layout; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
-    """Of the object layout: names of files in ImageSets/. The paper pre-trains on train and test, and keeps val
-    unseen. Of nuScenes: train, val, test, mini_train, mini_val.
+    """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. The paper pre-trains on train
+    and test, and keeps val unseen. Of nuScenes: train, val, test, mini_train, mini_val.
     """
     cameras: tuple[str, ...] = data_nuscenes.CAMERAS
     """Of nuScenes: which cameras. Each makes a frame of every sweep."""
@@ -94,7 +94,7 @@ class Config:
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
-    """If data_root does not exist, write this many built-in scenes there first."""
+    """Write this many built-in scenes first, if data_root is data/synthetic and does not exist."""
     num_points: int = 16384
     """Points a sweep is sampled to, in the camera's view and in range."""
     workers: int = 4
@@ -227,7 +227,10 @@ PRESETS = {
         ),
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config(eval_splits=("val",), eval_every=1000)),
-    "kitti_raw": ("KITTI raw drives.", Config(data_root=("data/kitti_raw",), frame_stride=10, name="kitti_raw")),
+    "kitti_raw": (
+        "KITTI raw drives.",
+        Config(data_root=("data/kitti_raw",), splits=(), frame_stride=10, name="kitti_raw"),
+    ),
     "nuscenes": (
         "nuScenes keyframes. A camera sees some 2500 points of its sweep: half as many places, twice as many clouds.",
         Config(
@@ -504,31 +507,43 @@ def build_optimizers(model, c):
 # training
 
 
-def find_frames(c, roots, splits):
+def pool_frames(c, roots, splits, flag="--splits", named=True):
+    """Frames of the config's data set, and notes to print. Raises BadInput as the data set's own function does."""
     if c.dataset == "nuscenes":
-        return data_nuscenes.find_frames(roots, splits, c.cameras, c.version, c.frame_stride, c.skip_missing)
-    return [f for root in roots for f in data_kitti.find_frames(root, splits, c.frame_stride, c.skip_missing)]
+        rules = c.cameras, c.version, c.frame_stride, c.skip_missing
+        return data_nuscenes.pool_frames(roots, splits, *rules, flag)
+    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, flag, named)
+
+
+def find_frames(c, roots, splits, named=False):
+    """Frames to judge on, as pool_frames finds them."""
+    return pool_frames(c, roots, splits, named=named)[0]
 
 
 def load_frames(c, run):
-    """-> frames to train on; frames of --eval-splits, none of them trained on; a note to print or None.
+    """-> frames to train on; frames of --eval-splits, none of them trained on; notes to print, as one text, or None.
 
-    Raises BadInput as find_frames does, for held-out frames that are trained on, and for fewer than two.
+    Raises BadInput as pool_frames does, for held-out frames that are trained on, and for fewer than two.
     """
     synthetic.write_scenes(c, run)
     if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
         if run.main:
-            find_frames(c, c.data_root, c.splits)
+            pool_frames(c, c.data_root, c.splits)
         run.any(False)
-    frames = find_frames(c, c.data_root, c.splits)
+    frames, notes = pool_frames(c, c.data_root, c.splits)
     if not (c.eval_splits or c.eval_root):
-        return frames, [], None
-    held_out = data.evenly_spread(find_frames(c, c.eval_root or c.data_root, c.eval_splits), c.eval_frames)
+        return frames, [], "\n".join(notes) or None
+    roots, flag = c.eval_root or c.data_root, "--eval-splits"
+    held_out, more = pool_frames(c, roots, c.eval_splits, flag)
+    notes += [note for note in more if note not in notes]
+    held_out = data.evenly_spread(held_out, c.eval_frames)
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     data.check_unseen(frames, held_out, flag)
     if len(held_out) < 2:
         raise BadInput(f"{flag}: judging needs two frames or more, for the other frame's image")
-    return frames, held_out, data.shared_drives(frames, held_out, flag)
+    shared = data.shared_drives(frames, held_out, flag)
+    notes += [shared] if shared else []
+    return frames, held_out, "\n".join(notes) or None
 
 
 def check_config(c, world):
@@ -547,10 +562,7 @@ def check_config(c, world):
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
-    box = c.image_scale
-    if len(box) not in (2, 4) or min(box) < 32 or any(low > high for low, high in zip(box, box[2:])):
-        wanted = "two numbers (width height) or four (smallest, then largest), from 32 on"
-        raise BadInput(f"--image-scale {' '.join(map(str, box))}: {wanted}")
+    data.check_image_scale(c.image_scale)
     if not c.inter_weight and not c.intra_weight:
         raise BadInput("--inter-weight 0: with --intra-weight 0 there is nothing to learn")
     if not c.inter_weight and (c.init or c.compile):

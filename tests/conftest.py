@@ -1,3 +1,6 @@
+"""What the tests share: the repository on the path, data, and scripts run as a user starts them."""
+# ruff: noqa: E402  what is set in the environment must stand before the imports that read it
+
 import os
 import signal
 import subprocess
@@ -8,7 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small work, on ma
 
 import torch
 
-GPU, VISIBLE, is_available = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available
+GPU = torch.cuda.is_available()
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+is_available = torch.cuda.is_available  # kept for the tests marked `gpu`; the others see a substitute
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
 REPO = Path(__file__).resolve().parent.parent
@@ -35,26 +40,43 @@ def scenes(tmp_path_factory):
     return root
 
 
+def folder_from(variable):
+    """The folder that an environment variable names, from the repository on. Skips the test where it names none."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set")
+    return REPO / os.environ[variable]  # whole, for scripts start elsewhere
+
+
 @pytest.fixture(scope="session")
 def kitti():
-    """A KITTI object root given by SIMIPU_KITTI, with real frames in train, val and test."""
-    if "SIMIPU_KITTI" not in os.environ:
-        pytest.skip("SIMIPU_KITTI is not set")
-    return Path(os.environ["SIMIPU_KITTI"])
+    """A KITTI object root with real frames in train, val and test."""
+    return folder_from("SIMIPU_KITTI")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """A folder of what official evaluators print, beside what they were given."""
+    return folder_from("SIMIPU_GOLDEN")
 
 
 @pytest.fixture(scope="session")
 def raw_drive(scenes, tmp_path_factory):
-    """The first four of the built-in scenes as a KITTI raw drive: DATE/drive/{image_02,velodyne_points}/data, two calib files."""
+    """Four built-in scenes as a KITTI raw drive: DATE/drive/{image_02,velodyne_points}/data, two calibrations."""
+    training = scenes / "training"
     date = tmp_path_factory.mktemp("raw") / "2011_09_26"
+    drive = date / "2011_09_26_drive_0001_sync"
     for part, folder, suffix in (("image_02", "image_2", "png"), ("velodyne_points", "velodyne", "bin")):
-        (date / "2011_09_26_drive_0001_sync" / part / "data").mkdir(parents=True)
+        target = drive / part / "data"
+        target.mkdir(parents=True)
         for i in range(4):
-            source = scenes / "training" / folder / f"{i:06d}.{suffix}"
-            (date / "2011_09_26_drive_0001_sync" / part / "data" / f"{i:010d}.{suffix}").write_bytes(source.read_bytes())
-    calib = dict(line.split(": ") for line in (scenes / "training" / "calib" / "000000.txt").read_text().splitlines() if line)
+            source = training / folder / f"{i:06d}.{suffix}"
+            (target / f"{i:010d}.{suffix}").write_bytes(source.read_bytes())
+
+    lines = (training / "calib" / "000000.txt").read_text().splitlines()
+    calib = dict(line.split(": ") for line in lines if line)
+    camera = f"calib_time: today\nP_rect_02: {calib['P2']}\nR_rect_00: {calib['R0_rect']}\n"
+    (date / "calib_cam_to_cam.txt").write_text(camera)
     velo = calib["Tr_velo_to_cam"].split()
-    (date / "calib_cam_to_cam.txt").write_text(f"calib_time: today\nP_rect_02: {calib['P2']}\nR_rect_00: {calib['R0_rect']}\n")
     rotation = " ".join(velo[i] for i in (0, 1, 2, 4, 5, 6, 8, 9, 10))
     (date / "calib_velo_to_cam.txt").write_text(f"R: {rotation}\nT: {velo[3]} {velo[7]} {velo[11]}\n")
     return date.parent
@@ -62,7 +84,7 @@ def raw_drive(scenes, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_gpu():
-    """Scripts and what they start run on the CPU, where two runs are equal bit for bit and several processes find room."""
+    """Scripts and their children run on the CPU: two runs are equal bit for bit, several processes find room."""
     with pytest.MonkeyPatch.context() as patch:
         if GPU:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -88,21 +110,27 @@ def in_repo():
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("simipu.py", "demo", ..., processes=2): a script of the repo as a user starts it, in an empty folder."""
+    """run_script("simipu.py", "demo", ..., processes=2): a script as a user starts it, in an empty folder."""
 
     def run(script, *arguments, processes=0, timeout=1500, env=()):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
-        command = [*launcher, str(REPO / script), *map(str, arguments)]
-        threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env={**os.environ, **threads, **dict(env)})
+        command = [sys.executable]
+        if processes:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(REPO / script), *map(str, arguments)]
+        env = os.environ | dict(env)
+        if processes > 1:
+            env["OMP_NUM_THREADS"] = "1"
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=env)
 
     return run
 
 
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys):
-    """run_here(module, "demo", ...): the same without the seconds that a process needs to start. -> (exit status, stdout, stderr), as
-    the shell would see them."""
+    """run_here(module, "demo", ...): the same without the seconds that a process needs to start.
+
+    -> (exit status, stdout, stderr), as the shell would see them.
+    """
 
     def run(module, *arguments):
         monkeypatch.chdir(tmp_path)
@@ -113,7 +141,9 @@ def run_here(tmp_path, monkeypatch, capsys):
         try:
             module.main()
         except SystemExit as e:
-            status, last_words = (e.code or 0, "") if isinstance(e.code, int | None) else (1, f"{e.code}\n")
+            status = e.code or 0
+            if isinstance(e.code, str):  # what Python prints to stderr, with status 1
+                status, last_words = 1, f"{e.code}\n"
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -3,18 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import data
 import data_kitti
 import encoders
 import simipu
+from files import BadInput
 from simipu import Config
 
 C = Config(num_points=4096, seed=3)
 
 
 def read_labels(path):
-    """Rows of a label_2 file that have a 3D box: name, truncation, 2D box, (h, w, l), bottom centre, yaw (camera frame)."""
+    """Rows of a label_2 file that have a 3D box: name, truncation, 2D box, (h, w, l), bottom centre, yaw, camera's."""
     for line in path.read_text().splitlines():
         name, *v = line.split()
         v = np.array(v, float)
@@ -23,17 +26,19 @@ def read_labels(path):
 
 
 def points_in_box(xyz, velo2rect, size, bottom, yaw, margin=0.1):
-    """Mask of LiDAR points inside a label's 3D box, shrunk by `margin` metres: rims belong to whatever stands behind."""
+    """Mask of LiDAR points inside a label's 3D box, shrunk by `margin` metres: rims belong to what stands behind."""
     p = xyz @ velo2rect[:3, :3].T + velo2rect[:3, 3] - bottom
     along = p[:, 0] * np.cos(yaw) - p[:, 2] * np.sin(yaw)
     across = p[:, 0] * np.sin(yaw) + p[:, 2] * np.cos(yaw)
     h, w, l = size
-    return (abs(along) < l / 2 - margin) & (abs(across) < w / 2 - margin) & (p[:, 1] < -margin) & (p[:, 1] > -h + margin)
+    over_it = (abs(along) < l / 2 - margin) & (abs(across) < w / 2 - margin)
+    return over_it & (p[:, 1] < -margin) & (p[:, 1] > -h + margin)
 
 
 def velo_to_rect(calib):
     lines = data_kitti._read_calib(calib)
-    r0, tr = data_kitti._entry(calib, lines, "R0_rect", (3, 3)), data_kitti._entry(calib, lines, "Tr_velo_to_cam", (3, 4))
+    r0 = data_kitti._entry(calib, lines, "R0_rect", (3, 3))
+    tr = data_kitti._entry(calib, lines, "Tr_velo_to_cam", (3, 4))
     return data_kitti._to_4x4(r0) @ data_kitti._to_4x4(tr)
 
 
@@ -42,7 +47,8 @@ def labelled_points(root, frame):
     xyz = data.read_cloud(frame.cloud)[:, :3].astype(float)
     velo2rect = velo_to_rect(frame.calib[0])
     points, boxes = [np.zeros((0, 3))], [np.zeros((0, 4))]
-    for _, truncation, box, size, bottom, yaw in read_labels(root / "training" / "label_2" / (frame.image.stem + ".txt")):
+    label = root / "training" / "label_2" / f"{frame.image.stem}.txt"
+    for _, truncation, box, size, bottom, yaw in read_labels(label):
         if truncation < 0.1:
             inside = xyz[points_in_box(xyz, velo2rect, size, bottom, yaw)]
             points.append(inside)
@@ -61,7 +67,7 @@ def check_boxes(root, splits):
         batch = data.collate([dataset[(0, i)]])
         box = data.random_image_scale(C.image_scale, 0, i)
         view = data.augment(batch, box, "cpu")
-        # the 2D box is resized and flipped by hand, the points go through the new lidar2img: two roads to the same pixels
+        # two roads to the same pixels: the 2D box is resized and flipped by hand, points go through the new lidar2img
         w, h = batch["size"][0].tolist()
         w2, h2 = (round(edge * min(box[0] / w, box[1] / h)) for edge in (w, h))
         corners = (boxes.reshape(-1, 2, 2) + 0.5) * [w2 / w, h2 / h] - 0.5
@@ -122,46 +128,64 @@ def blob_image(width, height, u, v, sigma=6.0):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("box, window", [((320, 96), (0, 0, 1)), ((512, 160), (0, 0, 1)), ((900, 270), (0, 0, 1)), ((512, 160), (0.1, 0.2, 0.6)), ((512, 160), (-0.2, -0.1, 1.3))])
+@pytest.mark.parametrize(
+    "box, window",
+    [
+        ((320, 96), (0, 0, 1)),
+        ((512, 160), (0, 0, 1)),
+        ((900, 270), (0, 0, 1)),
+        ((512, 160), (0.1, 0.2, 0.6)),
+        ((512, 160), (-0.2, -0.1, 1.3)),
+    ],
+)
 def test_pixels_follow_resize_window_flip_and_pad(flip, box, window):
-    """A Gaussian blob is drawn at a known pixel; after the warp its centre of mass is where A says, to a thousandth of a pixel
-    for matrices and a twentieth for resampling. Two image sizes share the canvas."""
+    """A Gaussian blob is drawn at a known pixel; after the warp its centre of mass is where A says, to a thousandth of
+    a pixel for matrices and a twentieth for resampling. Two image sizes share the canvas.
+    """
     sizes, spots = [(500, 151), (421, 140)], [(203.3, 71.6), (150.0, 60.5)]
-    images = [np.repeat((255 * blob_image(*size, *spot))[..., None], 3, 2).astype(np.uint8) for size, spot in zip(sizes, spots)]
+    images = [
+        np.repeat((255 * blob_image(*size, *spot))[..., None], 3, 2).astype(np.uint8)
+        for size, spot in zip(sizes, spots)
+    ]
     lidar2img = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1.0]])  # a point (x, y, 0) is the pixel (x, y)
+    drawn = {"flip": flip, "window": np.float64(window), "colour": np.eye(3, 4)}
+    drawn |= {"T": np.eye(4), "shuffle": np.arange(1), "index": 0}
     samples = [
-        {"image": im, "points": np.float32([[*spot, 0, 0]]), "lidar2img": lidar2img, "flip": flip, "T": np.eye(4), "shuffle": np.arange(1), "index": 0, "window": np.float64(window), "colour": np.eye(3, 4)}
-        for im, spot in zip(images, spots)
+        {"image": image, "points": np.float32([[*spot, 0, 0]]), "lidar2img": lidar2img, **drawn}
+        for image, spot in zip(images, spots)
     ]
     view = data.augment(data.collate(samples), box, "cpu")
-    B, _, H, W = view["image"].shape
-    assert H % 32 == W % 32 == 0
+    height, width = view["image"].shape[2:]
+    assert height % 32 == width % 32 == 0
     uv, _ = data.project(view["alpha"], view["lidar2img"])
     for b, ((w, h), (u, v)) in enumerate(zip(sizes, spots)):
         s = min(box[0] / w, box[1] / h)
         w2, h2 = round(w * s), round(h * s)
-        expected = np.array([((u + 0.5) / w - window[0]) * w2 / window[2] - 0.5, ((v + 0.5) / h - window[1]) * h2 / window[2] - 0.5])
+        left, top, part = window
+        expected = np.array([((u + 0.5) / w - left) * w2 / part - 0.5, ((v + 0.5) / h - top) * h2 / part - 0.5])
         if flip:
             expected[0] = w2 - 1 - expected[0]
         assert np.abs(uv[b, 0].numpy() - expected).max() < 1e-3
         light = view["image"][b, 0] * data.IMAGENET_STD[0] + data.IMAGENET_MEAN[0]
-        if window[2] >= 1:  # beside a smaller window lies more of the image
-            assert (view["image"][b, :, h2:].abs().max() if h2 < H else 0) == 0 and (view["image"][b, :, :, w2:].abs().max() if w2 < W else 0) == 0
-        if window[2] > 1:  # all around the image lies the mean colour: darkness for the centre of mass
+        if part >= 1:  # beside a smaller window lies more of the image
+            assert (view["image"][b, :, h2:] == 0).all() and (view["image"][b, :, :, w2:] == 0).all()
+        if part > 1:  # all around the image lies the mean colour: darkness for the centre of mass
             inside = view["image"][b, 0] != 0
-            assert inside.sum() == pytest.approx(w2 * h2 / window[2] ** 2, rel=0.02)
+            assert inside.sum() == pytest.approx(w2 * h2 / part**2, rel=0.02)
             light = light * inside
         light = light[:h2, :w2].double()
-        center = np.array([(light.sum(0) * torch.arange(w2)).sum() / light.sum(), (light.sum(1) * torch.arange(h2)).sum() / light.sum()])
+        x, y = (light.sum(0) * torch.arange(w2)).sum(), (light.sum(1) * torch.arange(h2)).sum()
+        center = np.array([x, y]) / light.sum().item()
         assert np.abs(center - expected).max() < 0.05, (center, expected)
 
 
 def test_warp_without_change_is_the_image_itself(scenes):
-    image = data.read_image(data_kitti.find_frames(scenes)[0].image)
-    h, w = image.shape[:2]
-    out = data.warp_images(torch.tensor(image).permute(2, 0, 1)[None], torch.tensor([[w, h]]), torch.eye(3)[None], torch.eye(3, 4)[None], (w, h))
+    image = torch.tensor(data.read_image(data_kitti.find_frames(scenes)[0].image)).permute(2, 0, 1)
+    h, w = image.shape[1:]
+    no_change, no_colour = torch.eye(3)[None], torch.eye(3, 4)[None]
+    out = data.warp_images(image[None], torch.tensor([[w, h]]), no_change, no_colour, (w, h))
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    assert ((out[0] * std + mean) * 255 - torch.tensor(image).permute(2, 0, 1)).abs().max() < 0.05
+    assert ((out[0] * std + mean) * 255 - image).abs().max() < 0.05
 
 
 def test_windows_are_where_they_are_said_to_be():
@@ -169,14 +193,15 @@ def test_windows_are_where_they_are_said_to_be():
     whole = np.array([data.random_window(rng, (1.0, 1.0), (0.0, 0.0)) for _ in range(5)])
     assert (whole == [0, 0, 1]).all()
     left, top, size = np.array([data.random_window(rng, (0.5, 1.0), (0.0, 0.0)) for _ in range(500)]).T
-    assert 0.5 <= size.min() < 0.52 and 0.98 < size.max() <= 1 and min(left.min(), top.min()) >= 0 and max((left + size).max(), (top + size).max()) <= 1
+    assert 0.5 <= size.min() < 0.52 and 0.98 < size.max() <= 1
+    assert min(left.min(), top.min()) >= 0 and max((left + size).max(), (top + size).max()) <= 1
     assert np.corrcoef(left, top)[0, 1] < 0.9 and (left > 0.2).any()
     left, top, size = np.array([data.random_window(rng, (1.0, 1.0), (0.0, 0.25)) for _ in range(500)]).T
     assert (left == 0).all() and (size == 1).all() and -0.25 <= top.min() < -0.2 and 0.2 < top.max() <= 0.25
 
 
 def test_colour_jitter():
-    """Without strength the identity, to the bit; each part does what it is called; grey stays grey under saturation and hue."""
+    """Without strength the identity, to the bit; each part does what it says; saturation and hue leave grey grey."""
     rng = np.random.default_rng(0)
     draw = lambda *jitter: np.array([data.random_colour(rng, jitter) for _ in range(200)])
     assert (draw(0, 0, 0, 0) == np.eye(3, 4)).all()
@@ -196,14 +221,15 @@ def test_colour_jitter():
 
 def test_colours_reach_the_image_and_stay_within_0_to_255(scenes):
     frames = data_kitti.find_frames(scenes)
-    plain, jittered = (data.PretrainFrames(frames, Config(num_points=256, jitter=j))[(0, 0)] for j in ((0.0,) * 4, (0.8, 0.8, 0.8, 0.2)))
+    configs = [Config(num_points=256, jitter=jitter) for jitter in ((0.0,) * 4, (0.8, 0.8, 0.8, 0.2))]
+    plain, jittered = (data.PretrainFrames(frames, c)[(0, 0)] for c in configs)
     a, b = (data.augment(data.collate([s]), (320, 96), "cpu")["image"][0] for s in (plain, jittered))
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     M = torch.tensor(jittered["colour"], dtype=torch.float32)
     expected = (torch.einsum("ij,jhw->ihw", M[:, :3], a * std + mean) + M[:, 3, None, None]).clamp(0, 1)
     seen = (a != 0).any(0)  # beyond the image lies the mean colour, jittered or not
     assert ((b * std + mean - expected).abs() * seen).max() < 1e-4 and (a - b).abs().max() > 0.1
-    assert np.array_equal(plain["points"], jittered["points"]) and np.array_equal(plain["T"], jittered["T"])  # nothing else is drawn anew
+    assert all(np.array_equal(plain[key], jittered[key]) for key in ("points", "T"))  # nothing else is drawn anew
 
 
 def test_wrong_pairs_never_have_their_own_image(scenes):
@@ -222,7 +248,7 @@ def test_wrong_pairs_never_have_their_own_image(scenes):
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_feature_cell_is_centred_on_its_pixel(depth):
-    """Through real convolution stacks, with positive weights: the gradient of one cell falls symmetrically around pixel s * i."""
+    """Through real convolution stacks with positive weights, a cell's gradient lies symmetrically about pixel s * i."""
     torch.manual_seed(0)
     encoder = encoders.ResNet(depth).eval()
     for m in encoder.modules():
@@ -230,7 +256,7 @@ def test_feature_cell_is_centred_on_its_pixel(depth):
             torch.nn.init.constant_(m.weight, 1.0 / m.weight[0].numel())
     image = torch.ones(1, 3, 576, 576, requires_grad=True)  # no cell below sees its edges
     cells = {2: (144, 128), 4: (72, 64), 8: (36, 32), 16: (18, 16), 32: (9, 8)}
-    # max pooling picks one of equal pixels and would tilt the picture; an average of the same window has the same centre
+    # max pooling picks one of equal pixels, which would tilt the picture; the same window's average has the same centre
     pooled, simipu.F.max_pool2d = simipu.F.max_pool2d, lambda x, k, s, p: torch.nn.functional.avg_pool2d(x, k, s, p)
     try:
         maps = encoder(image)
@@ -238,7 +264,7 @@ def test_feature_cell_is_centred_on_its_pixel(depth):
         simipu.F.max_pool2d = pooled
     for feature_map, (stride, (i, j)) in zip(maps, cells.items()):
         grad = torch.autograd.grad(feature_map[0, :, i, j].sum(), image, retain_graph=True)[0][0].sum(0).double()
-        rows, cols = (grad.sum(1) * torch.arange(576)).sum() / grad.sum(), (grad.sum(0) * torch.arange(576)).sum() / grad.sum()
+        rows, cols = ((grad.sum(axis) * torch.arange(576)).sum() / grad.sum() for axis in (1, 0))
         assert abs(rows - stride * i) < 0.02 * stride and abs(cols - stride * j) < 0.02 * stride, (stride, rows, cols)
 
 
@@ -256,7 +282,7 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index(scenes):
     frames = data_kitti.find_frames(scenes)
     a, b = (data.PretrainFrames(frames, C)[(2, 1)] for _ in range(2))
     other = data.PretrainFrames(frames, C)[(3, 1)]
-    assert np.array_equal(a["points"], b["points"]) and np.array_equal(a["T"], b["T"]) and np.array_equal(a["shuffle"], b["shuffle"])
+    assert all(np.array_equal(a[key], b[key]) for key in ("points", "T", "shuffle"))
     assert not np.array_equal(a["points"], other["points"]) and not np.array_equal(a["T"], other["T"])
     assert len({data.random_image_scale(C.image_scale, 0, step) for step in range(20)}) > 10
     assert data.random_image_scale((640, 192), 0, 5) == (640, 192)
@@ -269,6 +295,124 @@ def test_kitti_raw_reads_the_same_calibration_as_kitti_object(kitti):
     raw = data_kitti.find_frames(kitti / "raw", frame_stride=10)
     sample = data.load_frame(raw[0], 2048, np.random.default_rng(0))
     assert sample["points"].shape == (2048, 4) and sample["image"].shape == (375, 1242, 3)
-    same_camera = [f for f in data_kitti.find_frames(kitti, ("trainval",))[:40] if data.read_image(f.image).shape == (375, 1242, 3)]
+    labelled = data_kitti.find_frames(kitti, ("trainval",))[:40]
+    same_camera = [f for f in labelled if data.read_image(f.image).shape == (375, 1242, 3)]
     errors = [np.abs(f.lidar2img() - raw[0].lidar2img()).max() for f in same_camera]
     assert min(errors) < 1e-3  # object calib is written with more digits than raw's
+
+
+# -----------------------------------------------------------------------------
+# files of other kinds than KITTI's: read as what they are, or refused in one line that names them
+
+
+def refusal(read, path):
+    """What read(path) says of a file that it refuses."""
+    with pytest.raises(BadInput) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    return str(error.value).removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_grey_of_16_bits_is_scaled(tmp_path, suffix):
+    """R2: Pillow would make it white."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    assert (data.read_image(path) == grey[..., None]).all() and data.read_image(path).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+def test_pictures_of_8_bits_are_converted(tmp_path, mode):
+    path = tmp_path / "image.tif"
+    Image.new("RGB", (30, 20), (255, 255, 255)).convert(mode).save(path)
+    image = data.read_image(path)
+    assert image.shape == (20, 30, 3) and image.dtype == np.uint8 and (image == 255).all()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pictures_of_32_bits_are_refused(tmp_path, kind):
+    path = tmp_path / "image.tif"
+    Image.fromarray(np.full((20, 30), 7, kind)).save(path)
+    assert refusal(data.read_image, path) == "a TIFF of 32 bits a pixel; 8 or 16 bits are wanted"
+
+
+def test_whatever_pillow_says_of_an_image_is_one_line(tmp_path, monkeypatch):
+    """R12: a ValueError for a PNG with much text in it; and the types that nobody has met yet."""
+    path = tmp_path / "image.png"
+    much = PngInfo()
+    much.add_text("comment", "x" * 5_000_000, zip=True)
+    Image.new("RGB", (30, 20)).save(path, pnginfo=much)
+    assert refusal(data.read_image, path).startswith("not a readable image (")
+    for content in (b"", b"\x89PNG\r\n\x1a\n", b"<html>\n"):
+        path.write_bytes(content)
+        assert refusal(data.read_image, path).startswith("not a readable image (")
+    assert refusal(data.read_image, tmp_path) == "not a readable image (Is a directory)"
+    assert refusal(data.read_image, tmp_path / "nothing.png") == "no such file"
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    assert refusal(data.read_image, tmp_path / "link.png") == "a link to nowhere.png, which is not there"
+    Image.new("RGB", (30, 20)).save(path)
+    for strange in (KeyError("a\nb"), IndexError(), MemoryError()):
+        monkeypatch.setattr(Image.Image, "convert", lambda *_, strange=strange: (_ for _ in ()).throw(strange))
+        assert refusal(data.read_image, path).startswith("not a readable image (")
+
+
+OTHER_CLOUDS = {  # what becomes of a cloud (n, 4) in the file, and what is said of it
+    "5 columns": (lambda p: np.c_[p, np.arange(len(p)) % 64], np.float32, "it looks like 5 columns of float32"),
+    "3 columns": (lambda p: p[:, :3], np.float32, "it looks like 3 columns of float32"),
+    "float64": (lambda p: p, np.float64, "it looks like 4 columns of float64"),
+    "float64, 3 columns": (lambda p: p[:, :3], np.float64, "it looks like 3 columns of float64"),
+    "0..255": (lambda p: p * [1, 1, 1, 255], np.float32, "its columns look right, so divide reflectance"),
+    "no cloud": (
+        lambda p: p * [1, 1, 1, -9],
+        np.float32,
+        "is it float64, or of 3 or 5 columns?",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CLOUDS)
+@pytest.mark.parametrize("extra", [0, 1, 2, 3])
+def test_clouds_of_other_columns_are_recognised(scenes, tmp_path, kind, extra):
+    """R5: at the first frame that is read, whether or not the bytes come out even."""
+    change, number, says = OTHER_CLOUDS[kind]
+    points = data.read_cloud(data_kitti.find_frames(scenes)[0].cloud)
+    points = points[: len(points) // 60 * 60 - extra].astype(np.float64)
+    points[0, 3] = 1
+    path = tmp_path / "cloud.bin"
+    change(points).astype(number).tofile(path)
+    said = refusal(data.read_cloud, path)
+    assert says in said, said
+
+
+def test_clouds_of_more_columns_are_read_where_the_rig_says_so(scenes, tmp_path):
+    points = data.read_cloud(data_kitti.find_frames(scenes)[0].cloud)
+    np.c_[points, np.arange(len(points), dtype=np.float32) % 64].tofile(tmp_path / "cloud.bin")
+    assert np.array_equal(data.read_cloud(tmp_path / "cloud.bin", 5), points)
+    points[: len(points) // 5 * 5].tofile(tmp_path / "cloud.bin")
+    said = refusal(lambda path: data.read_cloud(path, 5), tmp_path / "cloud.bin")
+    assert said.endswith("; it looks like 4 columns of float32, where 5 columns of float32 are wanted")
+
+
+def test_clouds_that_are_no_files(tmp_path):
+    (tmp_path / "empty.bin").touch()
+    (tmp_path / "odd.bin").write_bytes(b"x" * 33)  # numpy would drop the last byte
+    assert refusal(data.read_cloud, tmp_path / "empty.bin").startswith("truncated, 0 bytes")
+    assert refusal(data.read_cloud, tmp_path / "odd.bin").startswith("truncated, 33 bytes")
+    assert refusal(data.read_cloud, tmp_path / "nothing.bin") == "no such file"
+    assert refusal(data.read_cloud, tmp_path) == "a folder, where a file is wanted"
+
+
+def test_twins_are_told_by_their_image(tmp_path):
+    """R8: through links to files and folders, and by any spelling of the path. Another image of that name is none."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").touch()
+    (tmp_path / "a" / "1.png").symlink_to(tmp_path / "b" / "0.png")
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    paths = [tmp_path / name for name in ("a/0.png", "b/0.png", "c/0.png", "b/../a/0.png", "a/1.png", "a/0.png")]
+    frames = [data.Frame(str(i), path, path, (), data_kitti.RIG) for i, path in enumerate(paths)]
+    kept, twins = data.without_twins(frames)
+    assert [f.name for f in kept] == ["0", "1"] and [f.name for f in twins] == ["2", "3", "4", "5"]
+    assert data.note_twins([], "--splits train") == []
+    assert "4 frames that are listed twice, 2 among them" in data.note_twins(twins, "--splits train")[0]

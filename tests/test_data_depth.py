@@ -1,4 +1,4 @@
-"""Depth maps: they stay on their images through every augmentation, are read as written, and are found in all the layouts."""
+"""Depth maps stay on their images through every augmentation, are read as written, and are found in all layouts."""
 
 import shutil
 import warnings
@@ -17,7 +17,7 @@ from files import BadInput
 from finetune_depth import Config
 
 STILL = dict(rotation_p=0.0, flip=0.0, crop=(0, 0), image_scale=1.0, colour_p=0.0)  # nothing is changed
-RAMP, FIRST = 2.4, 40000  # of `ramps`: grey levels per pixel, and the depth of pixel (0, 0), which as int16 would be negative
+RAMP, FIRST = 2.4, 40000  # of `ramps`: grey levels a pixel; the depth of pixel (0, 0), which as int16 were negative
 
 
 def save(path, pixels):
@@ -38,7 +38,8 @@ def write_blank(folder, width, height, depth=2560, name="a"):
 def ramps(width, height):
     """An image that tells the column by its red and the row by its green, and a depth map that tells both."""
     v, u = np.mgrid[:height, :width]
-    return np.rint(np.stack([5 + RAMP * u, 5 + RAMP * v, 0 * u], -1)).astype(np.uint8), (FIRST + v * width + u).astype(np.uint16)
+    image = np.rint(np.stack([5 + RAMP * u, 5 + RAMP * v, 0 * u], -1))
+    return image.astype(np.uint8), (FIRST + v * width + u).astype(np.uint16)
 
 
 def as_grey(image):
@@ -64,16 +65,19 @@ def load(dataset, keys, scale=1):
 def test_depth_stays_on_its_image(tmp_path, flip, crop, image_scale):
     sizes = [(100, 81), (91, 70), (100, 81)]  # one canvas for two sizes
     pairs = [write_pair(tmp_path, *ramps(*size), f"{i}") for i, size in enumerate(sizes)]
-    c = Config(dataset="scenes", rotation=20.0, rotation_p=1.0, flip=flip, crop=crop, image_scale=image_scale, colour_p=0.0, seed=5)
+    change = dict(rotation=20.0, rotation_p=1.0, flip=flip, crop=crop, image_scale=image_scale)
+    c = Config(**STILL | change, dataset="scenes", seed=5)
     batch, out = load(DepthFrames(pairs, c), [(epoch, i) for epoch in range(2) for i in range(3)])
     assert out["depth"].shape[1:] == out["image"].shape[2:] and out["index"].tolist() == [0, 1, 2, 0, 1, 2]
-    for A, (width, height), grey, image, depth in zip(batch["A"].numpy(), batch["size"].tolist(), as_grey(out["image"]), out["image"], out["depth"].numpy()):
+    within = 0.5 + 0.5 / RAMP + 0.01
+    moved = zip(batch["A"].numpy(), batch["size"].tolist(), out["image"], out["depth"].numpy())
+    for (A, (width, height), image, depth), grey in zip(moved, as_grey(out["image"])):
         v, u = np.nonzero(depth)
         assert len(v) > 0.7 * depth.size * (70 / 81 if crop[1] == 0 else 1) * (0.91 if crop[0] == 0 else 1)
         code = depth[v, u].astype(int) - FIRST
         from_u, from_v = code % width, code // width  # where the depth says that it comes from
         by_image = (grey[:2, v, u] - 5) / RAMP  # where the image says so
-        assert abs(by_image[0] - from_u).max() < 0.5 + 0.5 / RAMP + 0.01 and abs(by_image[1] - from_v).max() < 0.5 + 0.5 / RAMP + 0.01
+        assert abs(by_image[0] - from_u).max() < within and abs(by_image[1] - from_v).max() < within
         assert abs(np.mean(by_image - [from_u, from_v])) < 0.1  # and by no shift
         inverse = np.linalg.inv(A)
         x, y, _ = inverse @ [u, v, np.ones(len(u))]
@@ -128,7 +132,8 @@ def test_smaller_images_keep_their_place(tmp_path):
 
 def test_no_augmentation_changes_nothing(tmp_path):
     rng = np.random.default_rng(0)
-    image, depth = rng.integers(0, 256, (37, 53, 3)).astype(np.uint8), rng.integers(0, 2**16, (37, 53)).astype(np.uint16)
+    image = rng.integers(0, 256, (37, 53, 3)).astype(np.uint8)
+    depth = rng.integers(0, 2**16, (37, 53)).astype(np.uint16)
     _, out = load(DepthFrames([write_pair(tmp_path, image, depth)], Config(**STILL, dataset="scenes")), [(0, 0)])
     assert (out["depth"][0].numpy() == depth).all()
     assert abs(as_grey(out["image"])[0] - image.transpose(2, 0, 1)).max() < 1e-2
@@ -139,7 +144,8 @@ def test_no_depth_is_invented(tmp_path):
     values = np.array([0, 1, 255, 32767, 32768, 65535], np.uint16)
     depth = np.random.default_rng(0).choice(values, (60, 80))
     c = Config(dataset="scenes", rotation=20.0, rotation_p=1.0, crop=(70, 50), image_scale=0.9)
-    _, out = load(DepthFrames([write_pair(tmp_path, np.zeros((60, 80, 3), np.uint8), depth)], c), [(epoch, 0) for epoch in range(4)])
+    pair = write_pair(tmp_path, np.zeros((60, 80, 3), np.uint8), depth)
+    _, out = load(DepthFrames([pair], c), [(epoch, 0) for epoch in range(4)])
     assert set(out["depth"].unique().tolist()) == set(values.tolist())
 
 
@@ -147,7 +153,10 @@ def test_no_depth_is_invented(tmp_path):
 # metres
 
 
-@pytest.mark.parametrize("dataset, width, height, stored, metres", [("kitti", 1216, 352, 51200, 200), ("scenes", 40, 33, 2560, 10), ("nyu", 640, 480, 2500, 2.5)])
+@pytest.mark.parametrize(
+    "dataset, width, height, stored, metres",
+    [("kitti", 1216, 352, 51200, 200), ("scenes", 40, 33, 2560, 10), ("nyu", 640, 480, 2500, 2.5)],
+)
 def test_units(tmp_path, dataset, width, height, stored, metres):
     c = Config(**STILL | dict(dataset=dataset, crop=(32, 32)))
     _, out = load(DepthFrames([write_blank(tmp_path, width, height, stored)], c), [(0, 0)], SCALE[dataset])
@@ -155,12 +164,13 @@ def test_units(tmp_path, dataset, width, height, stored, metres):
 
 
 def kitti_frame(root, points, width=1216, height=352):
-    """A KITTI object root with one frame; the LiDAR's axes are x ahead, y left, z up, and f = 100 px about (600, 150)."""
+    """A KITTI object root with one frame; x is ahead of the LiDAR, y left, z up; f is 100 px about (600, 150)."""
     save(root / "training" / "image_2" / "000000.png", np.zeros((height, width, 3), np.uint8))
     for folder in ("velodyne", "calib"):
         (root / "training" / folder).mkdir(parents=True, exist_ok=True)
     np.array([[*p, 0.5] for p in points], np.float32).tofile(root / "training" / "velodyne" / "000000.bin")
-    calib = "P2: 100 0 600 0 0 100 150 0 0 0 1 0\nR0_rect: 1 0 0 0 1 0 0 0 1\nTr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0\n"
+    calib = "P2: 100 0 600 0 0 100 150 0 0 0 1 0\nR0_rect: 1 0 0 0 1 0 0 0 1\n"
+    calib += "Tr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0\n"
     (root / "training" / "calib" / "000000.txt").write_text(calib)
     (root / "ImageSets").mkdir(exist_ok=True)
     (root / "ImageSets" / "train.txt").write_text("000000\n")
@@ -169,7 +179,8 @@ def kitti_frame(root, points, width=1216, height=352):
 
 def test_sweeps_are_ground_truth_in_metres(tmp_path):
     """One pixel a point, up to 255 m; what 16 bits cannot hold is unknown, not wrong."""
-    root = kitti_frame(tmp_path, [(10, 1, 0), (10, -1, 0), (200, 20, -10), (255.9, 100, 0), (300, -300, 0), (-10, 0, 0)])
+    points = [(10, 1, 0), (10, -1, 0), (200, 20, -10), (255.9, 100, 0), (300, -300, 0), (-10, 0, 0)]
+    root = kitti_frame(tmp_path, points)
     pairs, _ = find_pairs("kitti_lidar", [root], splits=("train",))
     _, out = load(DepthFrames(pairs, Config(**STILL, dataset="kitti_lidar")), [(0, 0)], SCALE["kitti_lidar"])
     depth = out["depth"][0].numpy()
@@ -192,7 +203,8 @@ def spots(depth):
 def test_points_land_on_their_pixels():
     rng = np.random.default_rng(0)
     lidar2img = np.array([[5.0, -40, 1, 2], [6, 2, -40, 1], [1, 0.02, -0.01, 0.3]])
-    points = np.column_stack([rng.uniform(-20, 60, 4000), rng.normal(0, 12, (4000, 2)), rng.random(4000)]).astype(np.float32)
+    points = np.column_stack([rng.uniform(-20, 60, 4000), rng.normal(0, 12, (4000, 2)), rng.random(4000)])
+    points = points.astype(np.float32)
     uv, metres = data.project(points.astype(np.float64), lidar2img)
     expected = {}
     for (u, v), z in zip(uv, metres):
@@ -200,7 +212,8 @@ def test_points_land_on_their_pixels():
         if z > 0 and 0 <= pixel[0] < 30 and 0 <= pixel[1] < 20:
             expected[pixel] = min(expected.get(pixel, 1e9), z)
     found = data_depth.sweep_depth(points, lidar2img, 30, 20)
-    assert found.shape == (20, 30) and found.dtype == np.float32 and 300 < len(expected) < ((uv > 0).all(1) & (metres > 0)).sum()
+    assert found.shape == (20, 30) and found.dtype == np.float32
+    assert 300 < len(expected) < ((uv > 0).all(1) & (metres > 0)).sum()
     assert spots(found) == {pixel: float(np.float32(z)) for pixel, z in expected.items()}
 
 
@@ -211,7 +224,8 @@ def test_the_nearest_point_wins(order):
 
 
 def test_what_the_camera_does_not_see_vanishes():
-    points = np.array([[-3.0, -4, -1], [0, 0, 0], [10, 4, 1], [-1, 4, 1], [3, 8, 1], [3, -1, 1]])  # behind, in it, right, left, below, above
+    # behind it, in it, right, left, below, above
+    points = np.array([[-3.0, -4, -1], [0, 0, 0], [10, 4, 1], [-1, 4, 1], [3, 8, 1], [3, -1, 1]])
     assert spots(data_depth.sweep_depth(points, PINHOLE, 10, 8)) == {}
     assert spots(data_depth.sweep_depth(points[:0], PINHOLE, 10, 8)) == {}
 
@@ -222,7 +236,8 @@ def test_sweep_at_the_border():
         within = np.nextafter(edge, inside)
         for u, expected in ((edge, {}), (within, {(at, 3): 1.0})):
             assert spots(data_depth.sweep_depth(np.array([[u, 3.0, 1.0]]), PINHOLE, 10, 10)) == expected
-            assert spots(data_depth.sweep_depth(np.array([[3.0, u, 1.0]]), PINHOLE, 10, 10)) == {(v, u): z for (u, v), z in expected.items()}
+            turned = {(v, u): z for (u, v), z in expected.items()}
+            assert spots(data_depth.sweep_depth(np.array([[3.0, u, 1.0]]), PINHOLE, 10, 10)) == turned
     halves = np.array([[u, v, 1.0] for u in np.arange(-1, 11, 0.5) for v in np.arange(-1, 11, 0.5)])
     assert set(spots(data_depth.sweep_depth(halves, PINHOLE, 10, 10))) == {(u, v) for u in range(10) for v in range(10)}
 
@@ -248,7 +263,8 @@ def test_real_sweeps(kitti):
     for i in range(len(pairs)):
         depth = dataset.decoded(i)["depth"].view(np.uint16) / 256
         known = depth > 0
-        assert depth.shape == (352, 1216) and known.sum() > 5000 and 4 < np.median(depth[known]) < 40 and depth.max() < 130
+        assert depth.shape == (352, 1216) and known.sum() > 5000
+        assert 4 < np.median(depth[known]) < 40 and depth.max() < 130
         rows = [np.median(depth[v : v + 40][known[v : v + 40]]) for v in (200, 310)]
         assert rows[0] > 1.3 * rows[1]
 
@@ -257,7 +273,10 @@ def test_real_sweeps(kitti):
 # crops
 
 
-@pytest.mark.parametrize("width, height, left, top", [(1242, 375, 13, 23), (1241, 376, 12, 24), (1224, 370, 4, 18), (1238, 374, 11, 22), (1216, 352, 0, 0)])
+@pytest.mark.parametrize(
+    "width, height, left, top",
+    [(1242, 375, 13, 23), (1241, 376, 12, 24), (1224, 370, 4, 18), (1238, 374, 11, 22), (1216, 352, 0, 0)],
+)
 def test_kitti_crop(width, height, left, top):
     for training in (True, False):
         for dataset in ("kitti", "kitti_lidar"):
@@ -268,23 +287,32 @@ def test_kitti_crop(width, height, left, top):
 
 def test_nyu_crop():
     rows, columns = data_depth.without_border("nyu", 480, 640, training=True)
-    assert np.arange(480)[rows].tolist() == list(range(45, 472)) and np.arange(640)[columns].tolist() == list(range(43, 608))
-    for dataset, height, width, training in (("nyu", 480, 640, False), ("nyu", 300, 200, False), ("scenes", 30, 20, True)):
+    assert np.arange(480)[rows].tolist() == list(range(45, 472))
+    assert np.arange(640)[columns].tolist() == list(range(43, 608))
+    uncut = ("nyu", 480, 640, False), ("nyu", 300, 200, False), ("scenes", 30, 20, True)
+    for dataset, height, width, training in uncut:
         whole = np.ones((height, width))
         assert whole[data_depth.without_border(dataset, height, width, training)].shape == (height, width)
 
 
 def coordinates(width, height):
-    """Image and depth whose values name the pixel: red and green count to 256, blue what is beyond; depth says the row in its upper half."""
+    """Image and depth whose values name the pixel: red and green count to 256, blue what is beyond; depth has the row
+    in its upper half.
+    """
     v, u = np.mgrid[:height, :width]
-    return np.stack([u % 256, v % 256, u // 256 * 16 + v // 256], -1).astype(np.uint8), (v % 256 * 256 + u % 256).astype(np.uint16)
+    image = np.stack([u % 256, v % 256, u // 256 * 16 + v // 256], -1)
+    return image.astype(np.uint8), (v % 256 * 256 + u % 256).astype(np.uint16)
 
 
-@pytest.mark.parametrize("dataset, width, height, left, top, right, bottom", [("kitti", 1242, 375, 13, 23, 1229, 375), ("nyu", 640, 480, 43, 45, 608, 472)])
+@pytest.mark.parametrize(
+    "dataset, width, height, left, top, right, bottom",
+    [("kitti", 1242, 375, 13, 23, 1229, 375), ("nyu", 640, 480, 43, 45, 608, 472)],
+)
 def test_image_and_depth_lose_the_same_border(tmp_path, dataset, width, height, left, top, right, bottom):
     sample = DepthFrames([write_pair(tmp_path, *coordinates(width, height))], Config(dataset=dataset)).decoded(0)
     image, depth = coordinates(right, bottom)
-    assert (sample["image"] == image[top:, left:]).all() and (sample["depth"].view(np.uint16) == depth[top:, left:]).all()
+    assert (sample["image"] == image[top:, left:]).all()
+    assert (sample["depth"].view(np.uint16) == depth[top:, left:]).all()
 
 
 # -----------------------------------------------------------------------------
@@ -311,7 +339,8 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path):
 def test_windows_reach_every_corner():
     c = Config(**STILL | dict(dataset="scenes", crop=(17, 9), rotation=0.0))
     dataset = DepthFrames([], c)
-    corners = [tuple((np.linalg.inv(dataset.drawn(epoch, 0, 20, 11)["A"]) @ [0, 0, 1])[:2].round(6)) for epoch in range(300)]
+    affines = [dataset.drawn(epoch, 0, 20, 11)["A"] for epoch in range(300)]
+    corners = [tuple((np.linalg.inv(A) @ [0, 0, 1])[:2].round(6)) for A in affines]
     assert set(corners) == {(u, v) for u in range(4) for v in range(3)}
     assert max(corners.count(corner) for corner in set(corners)) < 60  # of 25
     assert {tuple(dataset.drawn(epoch, 0, 20, 11)["out_size"]) for epoch in range(5)} == {(17, 9)}
@@ -319,7 +348,8 @@ def test_windows_reach_every_corner():
 
 
 def test_shares_of_flips_turns_and_colours():
-    dataset = DepthFrames([], Config(dataset="scenes", crop=(0, 0), rotation=2.5, rotation_p=0.25, flip=0.75, colour_p=0.5))
+    c = Config(dataset="scenes", crop=(0, 0), rotation=2.5, rotation_p=0.25, flip=0.75, colour_p=0.5)
+    dataset = DepthFrames([], c)
     draws = [dataset.drawn(0, i, 50, 40) for i in range(400)]
     turned = np.mean([abs(d["A"][1, 0]) > 0 for d in draws])
     mirrored = np.mean([d["A"][0, 0] < 0 for d in draws])
@@ -333,8 +363,10 @@ def test_colours_by_hand(tmp_path):
     """On values of 0..255: to the power of gamma, times brightness, times the channel's gain, cut at 255."""
     image = np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype(np.uint8)
     pair = write_pair(tmp_path, image, np.ones((16, 32), np.uint16))
-    for gamma, brightness, gain in ((0.93, 1.1, 0.95), (1.06, 0.9, 1.08)):  # intervals of no width leave one number to draw
-        c = Config(**STILL | dict(dataset="scenes", colour_p=1.0, gamma=(gamma,) * 2, brightness=(brightness,) * 2, channel_gain=(gain,) * 2))
+    for gamma, brightness, gain in ((0.93, 1.1, 0.95), (1.06, 0.9, 1.08)):
+        # intervals of no width leave one number to draw
+        colours = dict(colour_p=1.0, gamma=(gamma,) * 2, brightness=(brightness,) * 2, channel_gain=(gain,) * 2)
+        c = Config(**STILL | colours, dataset="scenes")
         _, out = load(DepthFrames([pair], c), [(0, 0)])
         expected = np.minimum(image.astype(float) ** gamma * brightness * gain, 255).transpose(2, 0, 1)
         assert 0.01 < (expected == 255).mean() < 0.4 or gamma < 1
@@ -354,7 +386,8 @@ def test_no_colours_leave_the_image_untouched(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype(np.uint8)
     pair = write_pair(tmp_path, image, np.ones((16, 32), np.uint16))
     batch, out = load(DepthFrames([pair], Config(**STILL, dataset="scenes")), [(0, 0)])
-    plain = data.warp_images(batch["image"], batch["size"], torch.eye(3).double()[None], torch.eye(3, 4)[None], (32, 16))
+    no_change, no_colour = torch.eye(3).double()[None], torch.eye(3, 4)[None]
+    plain = data.warp_images(batch["image"], batch["size"], no_change, no_colour, (32, 16))
     assert torch.equal(out["image"], plain)
     assert abs(as_grey(plain)[0] - image.transpose(2, 0, 1)).max() < 1e-2
 
@@ -366,7 +399,8 @@ def test_no_colours_leave_the_image_untouched(tmp_path):
 def test_resident_batches_are_the_loaded_ones(tmp_path):
     image, depth = coordinates(640, 480)
     pairs = [write_pair(tmp_path, image + np.uint8(40 * i), depth + np.uint16(20000 * i), f"{i}") for i in range(3)]
-    dataset = DepthFrames(pairs, Config(dataset="nyu", crop=(96, 64), rotation_p=1.0, image_scale=0.75))  # whose border is cut off
+    c = Config(dataset="nyu", crop=(96, 64), rotation_p=1.0, image_scale=0.75)  # NYU's border is cut off
+    dataset = DepthFrames(pairs, c)
     keys = [[(0, 2), (0, 0)], [(1, 1), (1, 2)]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of arrays that cannot be written
@@ -382,7 +416,8 @@ def test_resident_batches_are_the_loaded_ones(tmp_path):
 
 
 def test_resident_wants_one_size(tmp_path):
-    pairs = [write_blank(tmp_path, *size, name=name) for name, size in (("a", (30, 20)), ("b", (30, 20)), ("c", (20, 30)))]
+    sizes = {"a": (30, 20), "b": (30, 20), "c": (20, 30)}
+    pairs = [write_blank(tmp_path, *size, name=name) for name, size in sizes.items()]
     with pytest.raises(BadInput, match=r"c\.png: .*20 x 30 .*a\.png 30 x 20"):
         next(data_depth.resident(DepthFrames(pairs, Config(dataset="scenes")), [[(0, 0)]], torch.device("cpu")))
     pairs[1].depth.unlink()
@@ -396,8 +431,10 @@ def test_resident_wants_one_size(tmp_path):
 
 def test_evenly_spread():
     items = list(range(100))
-    assert data.evenly_spread(items, 100) == data.evenly_spread(items, 500) == items and data.evenly_spread([], 5) == data.evenly_spread(items, 0) == []
-    assert data.evenly_spread(items, 25) == list(range(0, 100, 4)) and data.evenly_spread(items, 1) == [0] and data.evenly_spread([7], 1) == [7]
+    assert data.evenly_spread(items, 100) == data.evenly_spread(items, 500) == items
+    assert data.evenly_spread([], 5) == data.evenly_spread(items, 0) == []
+    assert data.evenly_spread(items, 25) == list(range(0, 100, 4))
+    assert data.evenly_spread(items, 1) == [0] and data.evenly_spread([7], 1) == [7]
     for limit in range(1, 101):
         some = data.evenly_spread(items, limit)
         gaps = np.diff([*some, 100])
@@ -426,6 +463,7 @@ def image_and_truth(drive=DRIVE, camera="image_02", number="0000000005", image="
 IMAGE, DEPTH = image_and_truth()
 JPG = image_and_truth(image="jpg")[0]
 RIGHT_JPG, RIGHT = image_and_truth(camera="image_03", image="jpg")
+NYU_TEST = "official_splits/test"
 LAYOUTS = {  # dataset, folder of depths if another, line, image, depth
     "bts": ("kitti", "", KITTI_LINE, IMAGE, DEPTH),
     "bts apart": ("kitti", "truth", KITTI_LINE, IMAGE, f"truth/{DEPTH}"),
@@ -436,9 +474,9 @@ LAYOUTS = {  # dataset, folder of depths if another, line, image, depth
     "kitti's archive, its own folder": ("kitti", "archive", KITTI_LINE, IMAGE, f"archive/train/{DEPTH}"),
     "monodepth2": ("kitti", "", f"{DATE}/{DRIVE} 5 l\n", JPG, f"{DATE}/{DEPTH}"),
     "monodepth2, right": ("kitti", "", f"{DATE}/{DRIVE} 0000000005 r\n", RIGHT_JPG, f"{DATE}/{RIGHT}"),
-    "monodepth2, drives apart": ("kitti", "truth", f"{DATE}/{DRIVE} 5 l\n", f"kitti_raw/{IMAGE}", f"truth/{DATE}/{DEPTH}"),
+    "monodepth2, apart": ("kitti", "truth", f"{DATE}/{DRIVE} 5 l\n", f"kitti_raw/{IMAGE}", f"truth/{DATE}/{DEPTH}"),
     "nyu train": ("nyu", "", NYU_LINE, "sync/cafe_0001a_out/rgb_00000.jpg", "sync/cafe_0001a_out/sync_depth_00000.png"),
-    "nyu test": ("nyu", "", "bath/rgb_00045.jpg bath/sync_depth_00045.png 518.8579\n", "official_splits/test/bath/rgb_00045.jpg", "official_splits/test/bath/sync_depth_00045.png"),
+    "nyu test": ("nyu", "", "bath/45.jpg bath/45.png 518.8579\n", f"{NYU_TEST}/bath/45.jpg", f"{NYU_TEST}/bath/45.png"),
     "two words": ("nyu", "", "rgb.jpg depth.png", "rgb.jpg", "depth.png"),
 }  # fmt: skip
 
@@ -460,7 +498,8 @@ def test_splits_are_found_in_the_root_or_by_their_path(tmp_path, monkeypatch):
     Path("here.txt").write_text(KITTI_LINE * 2)
     Path("both.txt").write_text(KITTI_LINE * 3)
     (b / "both.txt").write_text(KITTI_LINE * 4)
-    for split, count in (("in_root.txt", 1), ("here.txt", 2), (str(tmp_path / "here.txt"), 2), ("both.txt", 3), ("b/both.txt", 4)):
+    counts = {"in_root.txt": 1, "here.txt": 2, str(tmp_path / "here.txt"): 2, "both.txt": 3, "b/both.txt": 4}
+    for split, count in counts.items():
         pairs, _ = find_pairs("kitti", ["b"], splits=[split])
         assert len(pairs) == count and pairs[0].image == Path("b", IMAGE)
     assert len(find_pairs("kitti", ["nowhere", "b"], splits=["in_root.txt", "here.txt"])[0]) == 3
@@ -497,18 +536,24 @@ def test_pairs_without_ground_truth_or_files(tmp_path):
         with pytest.raises(BadInput) as error:
             find_pairs("kitti", [tmp_path], splits=["s.txt"])
         said = str(error.value)
-        assert said.startswith(f"{tmp_path / lost}: missing") and "line 4 " in said and f"{tmp_path}/s.txt" in said and "--skip-missing" in said and "\n" not in said
+        assert said.startswith(f"{tmp_path / lost}: missing") and "\n" not in said
+        assert all(words in said for words in ("line 4 ", f"{tmp_path}/s.txt", "--skip-missing"))
         pairs, notes = find_pairs("kitti", [tmp_path], splits=["s.txt"], skip_missing=True)
         assert [p.depth for p in pairs] == [tmp_path / DEPTH]
         assert notes == [f"{tmp_path}/s.txt: 1 pairs, 1 without ground truth left out, 1 with a missing file left out"]
 
 
-@pytest.mark.parametrize("dataset, line", [("kitti", "0000000005.png"), ("nyu", "alone.jpg"), ("kitti", "/ /depth.png 1"), ("nyu", "a.jpg /"), ("kitti", f"{DATE}/{DRIVE}")])
-def test_malformed_lines(tmp_path, dataset, line):
+MALFORMED = {"0000000005.png": "kitti", "alone.jpg": "nyu", "/ /depth.png 1": "kitti", "a.jpg /": "nyu"}
+MALFORMED |= {f"{DATE}/{DRIVE}": "kitti"}
+
+
+@pytest.mark.parametrize("line", MALFORMED)
+def test_malformed_lines(tmp_path, line):
     touch(tmp_path, IMAGE, DEPTH)
     (tmp_path / "s.txt").write_text("\n" + line + "\n")
-    with pytest.raises(BadInput, match=r"s\.txt: line 2, '.*', is neither `image depth focal` nor `folder index l\|r`") as error:
-        find_pairs(dataset, [tmp_path], splits=["s.txt"], skip_missing=True)
+    says = r"s\.txt: line 2, '.*', is neither `image depth focal` nor `folder index l\|r`"
+    with pytest.raises(BadInput, match=says) as error:
+        find_pairs(MALFORMED[line], [tmp_path], splits=["s.txt"], skip_missing=True)
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
@@ -519,21 +564,85 @@ def test_digits_that_are_none(tmp_path):
 
 
 def test_no_pairs_at_all(tmp_path):
-    for text, why in (("", ""), ("\n \n", ""), (KITTI_LINE, "1 with a missing file left out"), ("a.png None 1\n", "1 without ground truth left out")):
+    missing, none = (
+        (KITTI_LINE, "1 with a missing file left out"),
+        ("a.png None 1\n", "1 without ground truth left out"),
+    )
+    for text, why in (("", ""), ("\n \n", ""), missing, none):
         (tmp_path / "s.txt").write_text(text)
         with pytest.raises(BadInput) as error:
             find_pairs("kitti", [tmp_path], splits=["s.txt"], skip_missing=True)
         said = str(error.value)
-        assert "no pairs of image and depth in splits s.txt" in said and str(tmp_path) in said and why in said and "\n" not in said
+        assert "no pairs of image and depth in --splits s.txt" in said and "\n" not in said
+        assert str(tmp_path) in said and why in said
     with pytest.raises(BadInput, match="none given"):
         find_pairs("kitti", [tmp_path])
 
 
 def test_unreadable_split_files(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81" * 9)
-    for split, why in (("nowhere.txt", "No such file"), ("binary.txt", "not text")):
-        with pytest.raises(BadInput, match=f"{split}: not a readable split file .*{why}"):
-            find_pairs("kitti", [tmp_path], splits=[split])
+    says = {
+        "nowhere.txt": r"--eval-splits nowhere.txt: not a readable split file",
+        "binary.txt": "binary.txt: line 1 is",
+    }
+    for split, words in says.items():
+        with pytest.raises(BadInput, match=words):
+            find_pairs("kitti", [tmp_path], splits=[split], flag="--eval-splits")
+
+
+def test_absolute_paths_are_taken_as_they_are(tmp_path, monkeypatch):
+    """R17: for images and depths, of any root; NYU's lists begin with a slash and still mean the root."""
+    touch(tmp_path / "elsewhere", "a.png", "b.png")
+    touch(tmp_path / "root", "cafe/1.jpg", "cafe/1.png")
+    here = tmp_path / "elsewhere"
+    (tmp_path / "s.txt").write_text(f"{here}/a.png {here}/b.png 721.5\n/cafe/1.jpg /cafe/1.png 518.9\n")
+    for dataset in ("kitti", "nyu"):
+        pairs, notes = find_pairs(dataset, [tmp_path / "root"], splits=[tmp_path / "s.txt"])
+        assert [(p.image, p.depth) for p in pairs] == [
+            (here / "a.png", here / "b.png"),
+            (tmp_path / "root" / "cafe" / "1.jpg", tmp_path / "root" / "cafe" / "1.png"),
+        ]
+        assert notes == [] and not pairs[0].name.startswith("/")
+    (here / "a.png").unlink()
+    with pytest.raises(BadInput, match=f"^{here}/a.png: missing, as .jpg, .jpeg, .png, there and"):
+        find_pairs("kitti", [tmp_path / "root"], splits=[tmp_path / "s.txt"])
+
+
+def test_names_in_lists_may_have_another_suffix_on_disk(tmp_path):
+    """R13: in any case, too; the name in the list comes first."""
+    touch(tmp_path, "a.JPG", "a_depth.PNG", "b.jpg", "b.png", "b_depth.png", "._a.png", "._b.png")
+    (tmp_path / "s.txt").write_bytes(b"\xef\xbb\xbfa.png a_depth.png 1\r\nb.png b_depth.png 1\r\n\r\n")  # R10
+    pairs, _ = find_pairs("nyu", [tmp_path], splits=["s.txt"])
+    assert [p.image.name for p in pairs] == ["a.JPG", "b.png"] and pairs[0].depth.name == "a_depth.PNG"
+
+
+def test_pairs_that_are_listed_twice_count_twice_and_are_noted(tmp_path):
+    """R8: there are no negatives here, so that a list may mean it. Frames of sweeps are taken once, as elsewhere."""
+    touch(tmp_path, IMAGE, DEPTH)
+    (tmp_path / "s.txt").write_text(KITTI_LINE * 3)
+    pairs, (note,) = find_pairs("kitti", [tmp_path], splits=["s.txt"])
+    assert len(pairs) == 3 and note.startswith("note: --splits s.txt: 2 of 3 pairs are listed before")
+
+
+def test_sweeps_are_taken_once(scenes):
+    pairs, (note,) = find_pairs("kitti_lidar", [scenes, scenes], splits=("val",))
+    assert len(pairs) == 2 and "2 frames that are listed twice" in note
+
+
+def test_files_that_are_there_but_are_none(tmp_path):
+    """A folder, a link to nowhere, an empty file: each is named; --skip-missing leaves them out."""
+    touch(tmp_path, DEPTH)
+    (tmp_path / IMAGE).parent.mkdir(parents=True)
+    (tmp_path / "s.txt").write_text(KITTI_LINE)
+    makers = {"a folder": Path.mkdir, "a link to gone.png": lambda p: p.symlink_to("gone.png"), "empty": Path.touch}
+    for words, make in makers.items():
+        make(tmp_path / IMAGE)
+        with pytest.raises(BadInput, match=f"^{tmp_path / IMAGE}: {words}"):
+            find_pairs("kitti", [tmp_path], splits=["s.txt"])
+        with pytest.raises(BadInput, match="1 with a missing file left out"):
+            find_pairs("kitti", [tmp_path], splits=["s.txt"], skip_missing=True)
+        remove = Path.rmdir if words == "a folder" else Path.unlink
+        remove(tmp_path / IMAGE)
 
 
 def test_sweeps_of_every_layout(scenes, raw_drive):
@@ -580,7 +689,8 @@ def test_broken_depth_files(tmp_path):
 def test_only_16_bit_pngs_are_depth(tmp_path, suffix, mode):
     pair = write_blank(tmp_path, 30, 20)
     Image.new(mode, (30, 20)).save(pair.depth, format=suffix)
-    assert one_line("scenes", pair) == f"{pair.depth}: a {suffix} of mode {mode}; depth must be a PNG of one 16-bit channel"
+    says = f"{pair.depth}: a {suffix} of mode {mode}; depth must be a PNG of one 16-bit channel"
+    assert one_line("scenes", pair) == says
 
 
 def test_all_16_bits_are_read(tmp_path):
@@ -604,7 +714,8 @@ def test_broken_sweeps(tmp_path):
     small = kitti_frame(tmp_path / "small", [(10, 0, 0)], width=416, height=128)
     other = find_pairs("kitti_lidar", [small], splits=("train",))[0][0]
     assert f"{small}/training/image_2/000000.png: a map of 128 x 416" in one_line("kitti", other)
-    assert DepthFrames([other], Config(dataset="kitti_lidar")).decoded(0)["image"].shape == (128, 416, 3)  # of other sensors: whole
+    whole = DepthFrames([other], Config(dataset="kitti_lidar")).decoded(0)["image"]  # of other people's sensors
+    assert whole.shape == (128, 416, 3)
     pair.depth.write_bytes(b"12345")
     assert one_line("kitti_lidar", pair).startswith(f"{pair.depth}: truncated")
     pair.image.write_text("I am no image")

@@ -1,7 +1,9 @@
 """Wrong input is one line on stderr that names the culprit, exit status 1, and nothing written."""
 
 import importlib.util
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,7 +97,71 @@ def few_points(root):
     return f"{cloud.name}: 9 points in the camera's view, fewer than 16"
 
 
-BREAKERS = [remove_root, empty_split, no_split, truncate_cloud, nan_points, broken_png, text_png, missing_image, no_p2, short_p2, few_points]
+def set_row(calib, key, numbers):
+    """Give a calibration's row other numbers; -> the row as it was."""
+    old = re.search(rf"^{key}: .*$", calib.read_text(), re.MULTILINE)[0]
+    calib.write_text(calib.read_text().replace(old, f"{key}: {numbers}"))
+    return old
+
+
+def nan_in_p2(root):
+    set_row(files(root)[2], "P2", "nan " * 12)
+    return f"{files(root)[2].name}: P2 holds NaN or infinite numbers"
+
+
+def two_p2(root):
+    calib = files(root)[2]
+    first = set_row(calib, "P2", "1 " * 12)
+    calib.write_text(f"P2: {'1 ' * 12}\n{calib.read_text()}\n{first}\n")  # the same again would do no harm
+    return f"line {len(calib.read_text().splitlines())} gives another P2 than a line before it"
+
+
+def singular(root):
+    set_row(files(root)[2], "Tr_velo_to_cam", "0 " * 12)
+    return f"{files(root)[2].name}: its matrices do not make a projection"
+
+
+def missing_calib(root):
+    files(root)[2].unlink()
+    return f"{files(root)[2].name}: missing (of frame training/000000; its calibration must lie there)"
+
+
+def calib_of_utf16(root):
+    files(root)[2].write_bytes(files(root)[2].read_text().encode("utf-16"))
+    return f"{files(root)[2].name}: line 1 is not text in UTF-8"
+
+
+def empty_image(root):
+    files(root)[0].write_bytes(b"")
+    return f"{files(root)[0].name}: empty"
+
+
+def image_link(root):
+    files(root)[0].unlink()
+    files(root)[0].symlink_to("gone.png")
+    return f"{files(root)[0].name}: a link to gone.png, which is not there"
+
+
+def cloud_folder(root):
+    files(root)[1].unlink()
+    files(root)[1].mkdir()
+    return f"{files(root)[1].name}: a folder, where a file is wanted"
+
+
+def list_folder(root):
+    (root / "ImageSets" / "train.txt").unlink()
+    (root / "ImageSets" / "train.txt").mkdir()
+    return "train.txt: a folder, where a file is wanted"
+
+
+def list_of_utf16(root):
+    (root / "ImageSets" / "train.txt").write_text("000000\n", encoding="utf-16")
+    return "train.txt: line 1 is not text in UTF-8, byte 0xff; is it UTF-16?"
+
+
+BREAKERS = [remove_root, empty_split, no_split, truncate_cloud, nan_points, broken_png, text_png, missing_image, no_p2]
+BREAKERS += [short_p2, few_points, nan_in_p2, two_p2, singular, missing_calib, calib_of_utf16, empty_image, image_link]
+BREAKERS += [cloud_folder, list_folder, list_of_utf16]
 
 
 @pytest.mark.parametrize("breaker", BREAKERS)
@@ -121,7 +187,8 @@ def fails(done, *words):
 @pytest.mark.parametrize("breaker, workers", [(remove_root, 0), (broken_png, 0), (no_p2, 1)])
 def test_script_reports_broken_data(run_script, copy, tmp_path, breaker, workers):
     expected = breaker(copy)
-    done = run_script("simipu.py", "demo", "--data-root", copy, "--synthetic-frames", 0, *MINI, "--batch-size", 6, "--group", 2, "--workers", workers, "--max-steps", 2)
+    flags = ["--synthetic-frames", 0, *MINI, "--batch-size", 6, "--group", 2, "--workers", workers, "--max-steps", 2]
+    done = run_script("simipu.py", "demo", "--data-root", copy, *flags)
     fails(done, expected, copy)
     assert not (tmp_path / "out").exists()
 
@@ -215,12 +282,14 @@ def test_frames_that_changed_are_another_run(run_here, copy, tmp_path):
 def test_drives_in_training_and_evaluation_are_named(run_here, copy):
     """KITTI's devkit tells which drive a frame is from; frames of one drive in both are said aloud."""
     (copy / "mapping").mkdir()
-    (copy / "mapping" / "train_mapping.txt").write_text("".join(f"2011_09_26 2011_09_26_drive_{i // 4:04d}_sync {i:010d}\n" for i in range(8)))
+    mapping = [f"2011_09_26 2011_09_26_drive_{i // 4:04d}_sync {i:010d}\n" for i in range(8)]
+    (copy / "mapping" / "train_mapping.txt").write_text("".join(mapping))
     (copy / "mapping" / "train_rand.txt").write_text(",".join(str(i) for i in (8, 1, 2, 3, 4, 5, 6, 7)))
     frames = data_kitti.find_frames(copy, ["trainval"])
     assert [f.drive[-9:-5] for f in frames] == ["0001", "0000", "0000", "0000", "0000", "0001", "0001", "0001"]
     status, out, _ = run_here(simipu, "demo", "--data-root", copy, *SMALL, "--workers", 0, "--max-steps", 1)
-    assert status == 0 and "note: --eval-splits val shares 2 drives with training, 2011_09_26_drive_0000_sync among them" in out
+    assert status == 0
+    assert "note: --eval-splits val shares 2 drives with training, 2011_09_26_drive_0000_sync among them" in out
 
 
 def test_raw_drives(raw_drive, scenes, tmp_path):
@@ -248,6 +317,209 @@ def test_raw_drives(raw_drive, scenes, tmp_path):
 def test_unknown_layout(tmp_path):
     with pytest.raises(BadInput, match="neither KITTI object"):
         data_kitti.find_frames(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# lists and calibrations as people leave them
+
+
+def names(frames):
+    return [f.name.removeprefix("training/") for f in frames]
+
+
+LISTS = {  # of the frames 000000 and 000001
+    "byte order mark": "\ufeff000000\n000001\n",
+    "CRLF and blank lines": "000000\r\n\r\n000001\r\n\r\n",
+    "names of files": "000000.png\n000001.PNG\n",
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_that_are_understood(copy, kind):
+    """R10, and ids with a suffix."""
+    (copy / "ImageSets" / "train.txt").write_bytes(LISTS[kind].encode())
+    assert names(data_kitti.find_frames(copy)) == ["000000", "000001"]
+    assert names(data_kitti.find_frames(copy, skip_missing=True)) == ["000000", "000001"]
+
+
+def test_calibrations_that_are_understood(copy):
+    """R15: indented lines; a byte order mark, CRLF and blank lines likewise."""
+    calib = files(copy)[2]
+    expected = data_kitti.read_object_calib(calib)
+    lines = calib.read_text().splitlines()
+    for text in ("\ufeff" + "\r\n".join(lines), "\n\n".join(f" \t{line}  " for line in lines)):
+        calib.write_bytes(text.encode())
+        data_kitti.read_object_calib.cache_clear()
+        assert np.array_equal(data_kitti.read_object_calib(calib), expected)
+
+
+def test_a_calibration_without_p2_says_what_is_in_it(copy):
+    no_p2(copy)
+    with pytest.raises(BadInput, match=r"no P2 in it \(but P0, P1, P3, R0_rect, "):
+        data_kitti.find_frames(copy)[0].lidar2img()
+
+
+def test_images_of_any_suffix(copy):
+    """R13: png, jpg or jpeg, in any case; a cloud's .BIN too."""
+    for path in sorted((copy / "training" / "image_2").iterdir())[:3]:
+        suffix = {"000000": ".JPG", "000001": ".jpeg", "000002": ".PNG"}[path.stem]
+        path.rename(path.with_suffix(suffix))
+    (copy / "training" / "velodyne" / "000003.bin").rename(copy / "training" / "velodyne" / "000003.BIN")
+    frames = data_kitti.find_frames(copy, ["trainval"])
+    assert [f.image.suffix for f in frames[:4]] == [".JPG", ".jpeg", ".PNG", ".png"] and len(frames) == 8
+    assert frames[3].cloud.suffix == ".BIN"
+
+
+def test_dot_files_are_no_frames(copy, raw_drive, tmp_path):
+    """R14: what macOS leaves beside every file."""
+    shutil.copytree(raw_drive, tmp_path / "raw")
+    shutil.rmtree(copy / "ImageSets")
+    hidden = tmp_path / "raw" / "2011_09_26" / ".trash"
+    shutil.copytree(next((tmp_path / "raw").glob("*/*_sync")), hidden)
+    for root in (copy, tmp_path / "raw"):
+        for path in [p for p in root.rglob("*") if p.is_file()]:
+            path.with_name(f"._{path.name}").write_bytes(b"\0" * 4096)
+    assert names(data_kitti.find_frames(copy, ["trainval"])) == [f"{i:06d}" for i in range(8)]
+    assert len(data_kitti.find_frames(tmp_path / "raw")) == 4
+
+
+# -----------------------------------------------------------------------------
+# frames that are there twice, or not at all
+
+
+def test_frames_listed_twice_are_taken_once(copy, raw_drive, tmp_path):
+    """R8: in a list, in two lists, under two roots, by whatever path; and it is said."""
+    train = copy / "ImageSets" / "train.txt"
+    once, notes = data_kitti.pool_frames([copy], ["train"])
+    assert len(once) == 6 and notes == []
+    (tmp_path / "link").symlink_to(copy)
+    ways = {((copy,), ("train", "trainval")): 8, ((copy, tmp_path / "link"), ("train",)): 6}
+    ways |= {((raw_drive, raw_drive / "2011_09_26"), ()): 4}
+    for (roots, splits), count in ways.items():
+        frames, (note,) = data_kitti.pool_frames(roots, splits)
+        assert len(frames) == len(set(names(frames))) == count
+        assert "frames that are listed twice" in note and note.startswith(f"note: {' '.join(['--splits', *splits])}: ")
+    train.write_text(train.read_text() * 2)
+    frames, (note,) = data_kitti.pool_frames([copy], ["train"])
+    assert frames == once and f"6 frames that are listed twice, {once[0].name} among them" in note
+
+
+def test_training_says_what_was_left_out(copy, tmp_path):
+    """R18: --skip-missing counts; R8: so do frames that are listed twice."""
+    (files(copy)[0]).unlink()
+    files(copy, "val")[1].write_bytes(b"")
+    c = simipu.Config(data_root=(str(copy), str(copy)), splits=("train",), eval_splits=("trainval",), skip_missing=True)
+    with pytest.raises(BadInput, match="5 of its frames are trained on"):
+        simipu.load_frames(c, SimpleNamespace(any=bool, main=True))
+    c.eval_splits = ()
+    frames, _, note = simipu.load_frames(c, SimpleNamespace(any=bool, main=True))
+    assert len(frames) == 5 and note.splitlines() == [
+        f"note: --splits train: 5 frames in {copy}, 1 without image or cloud left out",
+        f"note: --splits train: 5 frames in {copy}, 1 without image or cloud left out",
+        "note: --splits train: 5 frames that are listed twice, training/000001 among them, are taken once",
+    ]
+
+
+def refused(roots, splits, **more):
+    """What is said of roots that no frames can be had of."""
+    with pytest.raises(BadInput) as error:
+        data_kitti.pool_frames(roots, splits, **more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_skipping_is_advised_where_it_helps(copy):
+    """R13: for images and clouds; a calibration must be there. What was looked for is said."""
+    missing_calib(copy)
+    assert "--skip-missing" not in refused([copy], ["train"])
+    missing_image(copy)
+    assert ".jpg, .jpeg, .png are looked for; --skip-missing leaves out frames" in refused([copy], ["train"])
+    shutil.rmtree(copy / "training" / "image_2")
+    said = refused([copy], ["train"], skip_missing=True)
+    assert "none of its 6 frames has both image (.jpg, .jpeg, .png) and cloud (.bin)" in said
+
+
+@pytest.mark.parametrize("part, what", [("image_02", "no .jpg, .jpeg, .png"), ("velodyne_points", "no .bin")])
+def test_drives_without_any_images_or_clouds(raw_drive, tmp_path, part, what):
+    """R13: what was looked for, and no advice."""
+    root = tmp_path / "raw"
+    shutil.copytree(raw_drive, root)
+    folder = next(root.glob(f"*/*/{part}/data"))
+    for path in folder.iterdir():
+        path.unlink()
+    assert refused([root], ()).startswith(f"{folder}: {what} in it, but there are 4 ")
+
+
+def test_splits_without_lists_name_the_folder_that_was_looked_into(copy):
+    """R11."""
+    shutil.rmtree(copy / "ImageSets")
+    said = refused([copy], ["trainval", "test"])
+    advice = "--splits trainval does without"
+    assert said == f"{copy}/testing/velodyne: no *.bin in it, of which --splits test takes all ({advice})"
+    shutil.rmtree(copy / "training" / "velodyne")
+    said = refused([copy], ["trainval"])
+    assert said == f"{copy}/training/velodyne: no *.bin in it, of which --splits trainval takes all"
+
+
+def test_a_list_that_is_missing_names_the_flag(copy):
+    """R18: of --eval-splits, whose default a preset gives."""
+    said = refused([copy], ["nonsense"], flag="--eval-splits")
+    assert "nonsense.txt: missing; it lists the frames of --eval-splits nonsense" in said
+    assert "--eval-splits without a name judges on none" in said and "--splits trainval" not in said
+
+
+# -----------------------------------------------------------------------------
+# raw drives and their lists
+
+
+@pytest.fixture
+def two_drives(raw_drive, tmp_path):
+    root = tmp_path / "raw"
+    shutil.copytree(raw_drive, root)
+    shutil.copytree(root / "2011_09_26" / DRIVES[0], root / "2011_09_26" / DRIVES[1])
+    return root
+
+
+DRIVES = "2011_09_26_drive_0001_sync", "2011_09_26_drive_0002_sync"
+
+
+def test_lists_of_raw_drives(two_drives):
+    """V6: with the date or without, with _sync or without; a list that is not there, or names no drive, is one line."""
+    lists = two_drives / "ImageSets"
+    assert {f.drive for f in data_kitti.find_frames(two_drives)} == set(DRIVES)
+    with pytest.raises(
+        BadInput, match=r"ImageSets/train.txt: missing; .* \(--splits without a name takes all drives\)"
+    ):
+        data_kitti.find_frames(two_drives, ["train"])
+    lists.mkdir()
+    for text in (DRIVES[1], f"2011_09_26/{DRIVES[1]}/\r\n", DRIVES[1].removesuffix("_sync")):
+        (lists / "val.txt").write_text(f"\n{text}\n")
+        assert [f.drive for f in data_kitti.find_frames(two_drives, ["val"])] == [DRIVES[1]] * 4
+    (lists / "val.txt").write_text(f"{DRIVES[0]}\nnonsense\n")
+    with pytest.raises(BadInput, match="val.txt: line 2, 'nonsense': no such drive in "):
+        data_kitti.find_frames(two_drives, ["val"])
+    (lists / "val.txt").write_text("")
+    with pytest.raises(BadInput, match="split 'val' is empty"):
+        data_kitti.find_frames(two_drives, ["val"])
+
+
+def test_raw_drives_beside_an_object_root(two_drives, scenes):
+    """Lists of frames are not lists of drives: without any, all of them are taken, and it is said."""
+    frames, notes = data_kitti.pool_frames([scenes, two_drives], ["train", "val"])
+    assert len(frames) == 8 + 8
+    assert notes == [f"note: {two_drives}: all of its drives are taken, for it has no lists of them in ImageSets/"]
+    assert len(data_kitti.pool_frames([two_drives], ["val"], named=False)[0]) == 8
+    (two_drives / "ImageSets").mkdir()
+    (two_drives / "ImageSets" / "train.txt").write_text(DRIVES[0])
+    frames, notes = data_kitti.pool_frames([scenes, two_drives], ["train", "val"])
+    assert len(frames) == 8 + 4 and notes == []
+    with pytest.raises(BadInput, match="ImageSets: no list of drives in it is called val"):
+        data_kitti.pool_frames([scenes, two_drives], ["val"])
+
+
+def test_the_preset_of_raw_drives_takes_them_all(two_drives):
+    c = simipu.PRESETS["kitti_raw"][1]
+    assert len(data_kitti.find_frames(two_drives, c.splits, 1)) == 8
 
 
 def test_help_lists_every_flag(run_script):

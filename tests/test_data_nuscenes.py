@@ -369,6 +369,8 @@ def test_cameras_stride_and_what_is_missing(copy):
     image = copy / "samples" / "CAM_BACK" / f"{rear[1]}.jpg"
     image.unlink()
     assert find(cameras=("CAM_BACK",), skip_missing=True) == [rear[0], *rear[2:]]
+    _, notes = data_nuscenes.pool_frames([copy], ["mini_train"], skip_missing=True)
+    assert notes == [f"note: {copy}/v1.0-mini: 29 frames of --splits mini_train, 1 without image or cloud left out"]
     with pytest.raises(BadInput, match=rf"^{image}: missing \(CAM_BACK of sample sample scene-0061 1; --skip-missing"):
         find()
     shutil.rmtree(copy / "samples" / "CAM_BACK")
@@ -455,7 +457,7 @@ def test_labels_are_not_read_for_who_does_not_ask(copy):
     (copy / "v1.0-mini" / "sample_annotation.json").unlink()
     frames = data_nuscenes.find_frames([copy], ["mini_train"])
     assert not (copy / "v1.0-mini.labels.npz").exists()
-    with pytest.raises(BadInput, match=r"sample_annotation.json: missing, a table of nuScenes"):
+    with pytest.raises(BadInput, match=r"sample_annotation.json: missing; it is a table of nuScenes"):
         frames[0].labels()
 
 
@@ -579,7 +581,7 @@ def test_a_table_that_is_missing_or_cut_off(copy, table):
     path.write_text("404: not found")
     assert f"{path}: cut off, or no table" in complaint(copy)
     path.unlink()
-    assert f"{path}: missing, a table of nuScenes" in complaint(copy)
+    assert f"{path}: missing; it is a table of nuScenes" in complaint(copy)
 
 
 def test_rows_that_are_not_as_they_should_be(copy):

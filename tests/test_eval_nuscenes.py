@@ -417,7 +417,7 @@ def test_a_box_that_cannot_be_scored(truth, good, tmp_path, key, value, said):
 
 def test_a_file_that_is_no_results_file(truth, good, tmp_path):
     path = tmp_path / "results.json"
-    assert complaint(path, truth) == "not readable (No such file or directory)"
+    assert complaint(path, truth) == "no such file"
     for text, said in (("{", "not JSON"), ("[]", "no 'meta'"), ('{"meta": {}}', "no 'results'")):
         path.write_text(text)
         assert complaint(path, truth).startswith(said)

@@ -1,117 +1,97 @@
-"""Pictures of one frame: the command as a user gives it, and the arithmetic behind the colours."""
+"""Pictures: the arithmetic behind colours and close-ups, what is said to have been measured, and what is drawn."""
 
+import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_loop import MINI
+from test_eval_match import TINY
 
-import data
 import data_kitti
-import eval as evaluate
 import eval_match
 import ops_triton as ops
 import pictures
+import simipu
 from files import BadInput
 
-PICTURES = ["features.png", "pairs.png", "projection.png", "similarity.png"]
-
-
-def script(name, *arguments):
-    command = [sys.executable, str(Path(evaluate.__file__).parent / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
-
 
 @pytest.fixture(scope="module")
-def run(scenes, tmp_path_factory):
-    """The folder of a run of two steps on the built-in scenes."""
-    out = tmp_path_factory.mktemp("out")
-    done = script("simipu.py", "demo", "--data-root", scenes, *MINI, "--max-steps", 2, "--out", out)
+def model_and_view(scenes):
+    """An untrained network, and a batch of one frame."""
+    torch.manual_seed(0)
+    view = eval_match.Unseen(data_kitti.find_frames(scenes, ["val"]), TINY, "cpu").batch([0])
+    return simipu.SimIPU(TINY).eval(), view
+
+
+def colourful(path):
+    """Which pixels of a PNG are no grey."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return np.ptp(pixels, axis=2) > 30
+
+
+# -----------------------------------------------------------------------------
+# what is around the drawing
+
+
+def test_a_notebooks_backend_does_not_matter(tmp_path):
+    """R4: matplotlib refuses the MPLBACKEND that a notebook leaves for all that it starts, where its package is not
+    installed. The pictures at the end of a run are drawn all the same, and a notebook's own plots stay what they were.
+    """
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "lr": [1], "loss": 1.0, "abs_rel": 0.5}))
+    program = (
+        "import pathlib, sys, pictures\n"
+        "log, png = map(pathlib.Path, sys.argv[1:])\n"
+        "pictures.draw_depth_curves(log, png)\n"
+        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    environment = dict(os.environ) | {"MPLBACKEND": "module://a_notebook.that_is_not_here", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", program, tmp_path / "log.jsonl", tmp_path / "curves.png"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
-    return out / "demo"
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_four_pictures(run, scenes):
-    """By index, into show/FRAME beside the checkpoint; each a picture, with much of it drawn."""
-    done = script("eval.py", "show", run / "last.pt", "--data-root", scenes, "--split", "val", "--frame", 1, "--point", 12, -3, -1)
-    assert done.returncode == 0, done.stderr
-    name = data_kitti.find_frames(scenes, ["val"])[1].name
-    folder = run / "show" / name
-    assert sorted(p.name for p in folder.iterdir()) == PICTURES
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{folder}/" and sorted(line.split()[0] for line in lines[1:]) == PICTURES
-    assert "nearest to --point" in done.stdout and "100.0 % in the image" in done.stdout
-    for picture in PICTURES:
-        pixels = np.asarray(Image.open(folder / picture).convert("RGB")).astype(float)
-        assert pixels.shape[1] >= 1200 and pixels.shape[0] >= 500
-        colourful = np.ptp(pixels, axis=2) > 30
-        assert pixels.std() > 20 and colourful.mean() > 0.01, picture
-        assert colourful[: len(pixels) // 2].any() and colourful[len(pixels) // 2 :].any(), picture
+def test_curves(tmp_path):
+    """A panel for each kind of figure that the log has; a run whose log was deleted has none."""
+    keys = ("", "_chance", "_top1", "_positive", "_negative")
+    log = [{"step": i, "lr": [1.0], **{f"intra{key}": i / 9 for key in keys}} for i in range(1, 4)]
+    judged = [{"step": i, "match": {"gap": 1.0, "right_rank": 5.0, "wrong_rank": 9.0}} for i in (2, 3)]
+    for lines, panels in ((log, 3), (log + judged[:1], 3), (log + judged, 4)):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        pictures.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+        assert Image.open(tmp_path / "curves.png").width == 110 * (1 + 4 * panels)
+    pictures.draw_curves(tmp_path / "nothing.jsonl", tmp_path / "no.png")
+    pictures.draw_depth_curves(tmp_path / "nothing.jsonl", tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (["last.pt", "--frame", 99], "--frame 99: no such frame; there are 0 to 1, training/"),
-        (["last.pt", "--frame", "training/999999"], "--frame training/999999: no such frame"),
-        (["last.pt", "--split", "nonsense"], "nonsense.txt: missing"),
-        (["last.pt", "--pixel", 5000, 5], "--pixel 5000 5: outside the image, which is 160 x 64"),
-        (["nothing.pt"], "nothing.pt: no such file"),
-        (["backbone.pt"], "backbone.pt: not a last.pt of simipu.py"),
-        (["last.pt", "--point", 1, 2], "--point"),
-    ],
-)
-def test_wrong_arguments(run, scenes, tmp_path, monkeypatch, capsys, arguments, says):
-    """One line, exit status 1, and nothing written. In this process: the script's own `main`, without five seconds of imports."""
-    if "--split" not in arguments:
-        arguments = [*arguments, "--split", "val"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", "show", str(run / arguments[0]), "--data-root", str(scenes), "--out", str(tmp_path / "out"), *map(str, arguments[1:])])
-    with pytest.raises(SystemExit) as e:
-        evaluate.main()
-    assert isinstance(e.value.code, str) and e.value.code.startswith("error: ") and says in e.value.code and "\n" not in e.value.code
-    assert not (tmp_path / "out").exists()
-
-
-def test_wrong_arguments_by_subprocess(run, scenes):
-    done = script("eval.py", "show", run / "backbone.pt", "--data-root", scenes)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr == f"error: {run / 'backbone.pt'}: not a last.pt of simipu.py\n"
-
-
-def test_find_frame():
-    frames = [data.Frame(f"{folder}/{i:06d}", Path(), Path(), (), data_kitti.RIG) for folder, i in (("training", 7), ("training", 3), ("testing", 7))]
-    assert [evaluate.find_frame(frames, w) for w in ("0", "2", "testing/000007", "000003")] == [0, 2, 2, 1]
-    for wrong in ("000007", "000000", "3", "-1", "", "training"):  # two of that name; names that are not there
-        with pytest.raises(BadInput, match="^--frame " + wrong):
-            evaluate.find_frame(frames, wrong)
-
-
-@pytest.fixture(scope="module")
-def model_and_view(run, scenes):
-    model, c, _ = evaluate.load_run(run / "last.pt")
-    return model, eval_match.Unseen(data_kitti.find_frames(scenes, ["val"]), c, "cpu").batch([0])
+# -----------------------------------------------------------------------------
+# what the features of one frame say
 
 
 @torch.no_grad()
 def test_embeddings_are_those_of_eq_7(model_and_view):
-    """On the grid's pixels, cell centres and pixels between cells alike, the dense embedding is the very feature that SimIPU.forward
-    would sample there; at its places, `embed` has the features that it compares."""
+    """On the grid's pixels, cell centres and pixels between cells alike, the dense embedding is the very feature that
+    SimIPU.forward would sample there; at its places, `embed` has the features that it compares.
+    """
     model, view = model_and_view
     feature_map = model.img_backbone(view["image"])[-1]
     grid = pictures.dense_embedding(model, view["image"], step=8)
     height, width = view["image"].shape[2:]
     assert grid.shape[:2] == (height / 8, width / 8)
-    for u, v in ((64, 32), (0, 0), (72, 40), (width - 8, height - 8)):  # two cell centres, between four cells, beyond the last
+    # two cell centres, between four cells, beyond the last
+    for u, v in ((64, 32), (0, 0), (72, 40), (width - 8, height - 8)):
         feature = ops.bilinear_sample(feature_map, torch.tensor([[[u / 32, v / 32]]]))[0]
-        torch.testing.assert_close(grid[v // 8, u // 8], F.normalize(model.mlp_cross_img(feature), dim=1)[0], rtol=1e-4, atol=1e-5)
-    cell = F.normalize(model.mlp_cross_img(feature_map[:, :, 1, 2]), dim=1)[0]
-    torch.testing.assert_close(grid[4, 8], cell, rtol=1e-4, atol=1e-5)  # cell (2, 1) is centred on pixel (64, 32)
+        expected = F.normalize(model.mlp_cross_img(feature), dim=1)[0]
+        torch.testing.assert_close(grid[v // 8, u // 8], expected, rtol=1e-4, atol=1e-5)
+    cell = F.normalize(model.mlp_cross_img(feature_map[:, :, 1, 2]), dim=1)[0]  # (2, 1), centred on pixel (64, 32)
+    torch.testing.assert_close(grid[4, 8], cell, rtol=1e-4, atol=1e-5)
 
     found = pictures.embed(model, view)
     seen, temperature = found["visible"], model.c.temperature
@@ -153,26 +133,109 @@ def test_shared_colours():
 def test_choose_place():
     found = {
         "places": torch.tensor([[10.0, 0, 0], [12, -3, 0], [30, 0, 0], [10, 1, -1.6], [11, 0, 0]]),
-        "uv": torch.tensor([[60.0, 20], [90, 20], [50, 20], [51, 30], [50, 21]]), "depth": torch.tensor([10.0, 12, 30, 10, 11]),
+        "uv": torch.tensor([[60.0, 20], [90, 20], [50, 20], [51, 30], [50, 21]]),
+        "depth": torch.tensor([10.0, 12, 30, 10, 11]),
         "visible": torch.tensor([True, True, True, True, False]),
-    }  # fmt: skip
+    }
 
     def choose(**kwargs):
         return pictures.choose_place(found, 40, 100, data_kitti.RIG.things, **kwargs)[0]
 
     assert choose() == 0  # nearer the middle: one too far, one on the ground, one out of sight
     assert choose(point=(13, -3, 0)) == 1 and choose(pixel=(52, 29)) == 3
-    with pytest.raises(BadInput, match="--point"):
-        choose(point=(math.nan, 0, 0))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(BadInput, match="^--point"):
+            choose(point=(bad, 0, 0))
+        with pytest.raises(BadInput, match="^--pixel"):
+            choose(pixel=(5, bad))
     with pytest.raises(BadInput, match="100 x 40"):
         choose(pixel=(100, 0))
 
 
 def test_close_ups_sit_on_depth_edges():
-    """A post at 10 m before a wall at 30 m: the first close-up is on the post; the ground, whose depth jumps only from row to row, has none."""
+    """A post at 10 m before a wall at 30 m: the first close-up is on the post. The ground, whose depth jumps only from
+    row to row, has none.
+    """
     u, v = (x.flatten().astype(float) for x in np.meshgrid(np.arange(0, 400, 4), np.arange(0, 80, 4)))
     post = (abs(u - 200) < 10) & (v < 40)
     depth = np.where(post, 10.0, np.where(v < 40, 30.0, 30 - 0.6 * (v - 40)))
     spots = pictures.edges_in_depth(np.stack([u, v], 1), depth, v < 40, 400)
     assert len(spots) == 1 and abs(spots[0][0] - 200) < 10 and spots[0][1] < 40
     assert pictures.edges_in_depth(np.stack([u, v], 1), np.full(len(u), 20.0), np.ones(len(u), bool), 400) == []
+    for few in (0, 1):  # points in the image
+        assert pictures.edges_in_depth(np.ones((few, 2)), np.ones(few), np.ones(few, bool), 400) == []
+
+
+# -----------------------------------------------------------------------------
+# pictures of one frame
+
+
+def test_a_frame_without_points_in_its_image_is_drawn(tmp_path):
+    """Where a window (--crop, --shift) shows the sky alone."""
+    behind = torch.rand(1, 20, 4) * torch.tensor([1.0, 1, -1, 1]) - torch.tensor([0.0, 0, 1, 0])
+    view = {"image": torch.zeros(1, 3, 64, 160), "alpha": behind, "lidar2img": torch.eye(3, 4)[None]}
+    said = pictures.draw_projection(view, tmp_path / "p.png", "a frame", things=0.0)
+    assert said == "20 points, none in the image" and (tmp_path / "p.png").exists()
+
+
+def test_branches_that_are_not_there(tmp_path, model_and_view):
+    """Half of features.png is left out, and similarity.png compares points with points; both are said."""
+    model, view = model_and_view
+    found = pictures.embed(model, view)
+    match_places = lambda alpha, beta: np.arange(len(alpha))
+    draw = lambda found: pictures.draw_features(view, found, tmp_path / "f.png", "a frame", match_places)
+    whole = draw(found)
+    tall = Image.open(tmp_path / "f.png").height
+    inter, intra = whole.split("; intra: ")
+    for gone, said in (("point", f"intra: {intra}; no inter-modal"), ("alpha", f"{inter}; no intra-modal")):
+        half = {key: value for key, value in found.items() if key != gone}
+        assert draw(half) == f"{said} branch in this checkpoint, no picture of it"
+        assert Image.open(tmp_path / "f.png").height < 0.7 * tall
+    half = {key: value for key, value in found.items() if key not in ("point", "pixel", "grid")}
+    said = pictures.draw_similarity(view, half, tmp_path / "s.png", 3, "a frame")
+    assert said == "no inter-modal branch in this checkpoint: points against points"
+    assert colourful(tmp_path / "s.png").mean() > 0.005
+
+
+# -----------------------------------------------------------------------------
+# depth maps
+
+
+@pytest.mark.parametrize("share", [0.05, 0.9, 0.0])
+def test_picture_of_depth(tmp_path, share):
+    """Four panels, sparse ground truth as dots large enough to fill much of theirs. What was measured is said."""
+    rng = np.random.default_rng(0)
+    full = np.linspace(40, 4, 96)[:, None] * np.ones((96, 200))
+    truth = full * (rng.random(full.shape) < share)
+    grey = np.full((96, 200, 3), 128, np.uint8)
+    said = pictures.draw_depth(grey, 1.1 * full, truth, tmp_path / "d.png", "one")
+    coloured = colourful(tmp_path / "d.png")
+    height, width = coloured.shape
+    assert width == 1600
+    upper, lower = coloured[: height // 2], coloured[height // 2 :]
+    left, right = slice(width // 2 - 60), slice(width // 2, -200)  # without the bars
+    image, error, prediction, known = (
+        part.mean() for part in (upper[:, left], upper[:, right], lower[:, left], lower[:, right])
+    )
+    assert image < 0.01 and prediction > 0.6
+    if share:
+        found = f"{(truth > 0).sum()} pixels with ground truth, {100 * (truth > 0).mean():.1f} % of all"
+        assert said.startswith(f"{found}: 10.0 % off on average")
+        assert error > 0.4 and known > 0.4
+    else:
+        assert said == "0 pixels with ground truth, 0.0 % of all: no ground truth to compare with"
+        assert error < 0.01 and known < 0.01
+
+
+def test_picture_says_where_a_prediction_is_missing(tmp_path):
+    truth, image = np.full((30, 50), 5.0), np.zeros((30, 50, 3))
+    prediction = truth.copy()
+    prediction[:3, :4] = np.nan
+    prediction[0, 0] = np.inf
+    prediction[10] *= 1.5  # 50 of the 1488 that are left
+    said = pictures.draw_depth(image, prediction, truth, tmp_path / "d.png", "one", high=80)
+    assert said.startswith("1488 pixels") and ": 1.7 % off on average, 0.0 % at the median;" in said
+    assert said.endswith("prediction NaN or infinite at 12")
+    with pytest.raises(BadInput, match="^one: prediction is 30 x 49 .* ground truth 30 x 50;"):
+        pictures.draw_depth(image, prediction[:, 1:], truth, tmp_path / "e.png", "one")
+    assert not (tmp_path / "e.png").exists()

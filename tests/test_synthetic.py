@@ -2,17 +2,31 @@
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import finetune_depth
+import simipu
 import synthetic
-from synthetic import BALL, HULL, ROD
+import synthetic_street
+from files import BadInput
+from synthetic_street import BALL, HULL, MATERIAL_ID, ROD
 
 SMALL = {"width": 320, "height": 96}
+SIZES = {  # height, width, length: from and to
+    "Car": ((1.3, 1.5, 3.3), (2.0, 2.2, 5.2)),
+    "Van": ((1.8, 1.8, 4.5), (2.7, 2.3, 6.0)),
+    "Pedestrian": ((1.5, 0.4, 0.2), (2.0, 0.8, 1.0)),
+    "Cyclist": ((1.5, 0.4, 1.6), (1.9, 0.8, 2.0)),
+}
 MARGIN = 0.06  # metres: three sigma of the range noise
 
 
@@ -28,23 +42,32 @@ def homogeneous(m):
     return full
 
 
+def matrices(calib):
+    """{name: matrix} of the text of a calibration file."""
+    rows = (line.split(":") for line in calib.splitlines() if line)
+    return {name: np.array(numbers.split(), float).reshape(3, -1) for name, numbers in rows}
+
+
 def read(root, name):
     """One frame as any KITTI reader would see it, written apart from the repository's own reader."""
     t = root / "training"
-    calib = {}
-    for line in (t / "calib" / f"{name}.txt").read_text().splitlines():
-        if line:
-            key, numbers = line.split(":")
-            calib[key] = np.array(numbers.split(), float).reshape(3, -1)
+    calib = matrices((t / "calib" / f"{name}.txt").read_text())
     velo_to_rect = homogeneous(calib["R0_rect"]) @ homogeneous(calib["Tr_velo_to_cam"])
     points = np.fromfile(t / "velodyne" / f"{name}.bin", np.float32).reshape(-1, 4)
     rect = velo_to_rect @ np.c_[points[:, :3], np.ones(len(points))].T  # (4, N)
     u, v, depth = calib["P2"] @ rect
     objects = [line.split() for line in (t / "label_2" / f"{name}.txt").read_text().splitlines()]
     return {
-        "calib": calib, "points": points, "rect": rect[:3], "u": u / depth, "v": v / depth, "depth_of_points": depth,
-        "picture": Image.open(t / "image_2" / f"{name}.png"), "depth": Image.open(t / "depth_2" / f"{name}.png"),
-        "objects": [o for o in objects if o[0] != "DontCare"], "ignored": [o for o in objects if o[0] == "DontCare"],
+        "calib": calib,
+        "points": points,
+        "rect": rect[:3],
+        "u": u / depth,
+        "v": v / depth,
+        "depth_of_points": depth,
+        "picture": Image.open(t / "image_2" / f"{name}.png"),
+        "depth": Image.open(t / "depth_2" / f"{name}.png"),
+        "objects": [o for o in objects if o[0] != "DontCare"],
+        "ignored": [o for o in objects if o[0] == "DontCare"],
     }
 
 
@@ -89,8 +112,10 @@ def test_formats(big):
     ids = {name: (big / "ImageSets" / f"{name}.txt").read_text().split() for name in ("train", "val", "trainval")}
     assert ids["trainval"] == ["000000", "000001", "000002"]
     assert sorted(ids["train"] + ids["val"]) == ids["trainval"]
-    for folder, ending in (("image_2", "png"), ("depth_2", "png"), ("velodyne", "bin"), ("calib", "txt"), ("label_2", "txt")):
-        assert sorted(p.name for p in (big / "training" / folder).iterdir()) == [f"{i}.{ending}" for i in ids["trainval"]]
+    endings = {"image_2": "png", "depth_2": "png", "velodyne": "bin", "calib": "txt", "label_2": "txt"}
+    for folder, ending in endings.items():
+        names = sorted(p.name for p in (big / "training" / folder).iterdir())
+        assert names == [f"{i}.{ending}" for i in ids["trainval"]]
     for name in ids["trainval"]:
         f = read(big, name)
         assert f["picture"].mode == "RGB" and f["picture"].size == (1242, 375)
@@ -98,7 +123,8 @@ def test_formats(big):
         assert depth.dtype == np.uint16 and depth.shape == (375, 1242) and depth.max() <= 80 * 256
         assert (depth == 0).any() and (depth > 0).mean() > 0.4  # there is a sky, and not only
         shapes = {k: m.shape for k, m in f["calib"].items()}
-        assert shapes == {**dict.fromkeys(["P0", "P1", "P2", "P3", "Tr_velo_to_cam", "Tr_imu_to_velo"], (3, 4)), "R0_rect": (3, 3)}
+        assert shapes.pop("R0_rect") == (3, 3)
+        assert shapes == dict.fromkeys(["P0", "P1", "P2", "P3", "Tr_velo_to_cam", "Tr_imu_to_velo"], (3, 4))
         for m in (f["calib"]["R0_rect"], f["calib"]["Tr_velo_to_cam"][:, :3]):
             assert np.abs(m @ m.T - np.eye(3)).max() < 1e-11 and np.linalg.det(m) > 0
         p = f["points"]
@@ -116,13 +142,12 @@ def test_formats(big):
             assert 0 <= left < right <= 1241 and 0 <= top < bottom <= 374 and z > 0
             assert abs(ry) < 3.15 and abs(alpha) < 3.15
             assert abs(np.sin(alpha - ry + np.arctan2(x, z))) < 0.02 and np.cos(alpha - ry + np.arctan2(x, z)) > 0.9
-            low, high = {"Car": ((1.3, 1.5, 3.3), (2.0, 2.2, 5.2)), "Van": ((1.8, 1.8, 4.5), (2.7, 2.3, 6.0)),
-                         "Pedestrian": ((1.5, 0.4, 0.2), (2.0, 0.8, 1.0)), "Cyclist": ((1.5, 0.4, 1.6), (1.9, 0.8, 2.0))}[kind]
+            low, high = SIZES[kind]
             assert all(a <= b <= c for a, b, c in zip(low, (h, w, l), high)), (kind, h, w, l)
 
 
 def test_cloud_agrees_with_the_depth_picture(big):
-    """Through the written calibration. Where 3 x 3 pixels are one smooth surface, camera and LiDAR mostly see the same."""
+    """Through the written calibration. Where 3 x 3 pixels are one smooth surface, both sensors mostly see the same."""
     for name in ("000000", "000001", "000002"):
         f = read(big, name)
         depth = np.asarray(f["depth"]) / 256
@@ -138,18 +163,22 @@ def test_cloud_agrees_with_the_depth_picture(big):
 
 
 def scene_of(*parts):
-    return synthetic.freeze(list(parts), None, np.random.default_rng(0))
+    return synthetic_street.freeze(list(parts), None, np.random.default_rng(0))
 
 
 def test_closed_forms():
+    black, nowhere = (0, 0, 0), np.zeros((3, 1))
     unit = np.array([[0.6], [0.0], [0.8]])
-    plate = scene_of(synthetic.box((0, 0, -1), (900, 900, 1), "wall", (0, 0, 0)))  # a ground plane at 0
-    assert synthetic.intersect(plate, 0, np.array([[0], [0], [1.73]]), unit * [[1], [1], [-1]])[0] == pytest.approx(1.73 / 0.8, abs=1e-12)
-    ball = scene_of(synthetic.ball((30, 0, 40), (2, 2, 2), "wall", (0, 0, 0)))
-    assert synthetic.intersect(ball, 0, np.zeros((3, 1)), unit)[0] == pytest.approx(48, abs=1e-9)
-    tube = scene_of(synthetic.rod((50, 0, -5), (50, 0, 5), 0.04, "wall", (0, 0, 0)))
-    rays = np.array([[1.0, 1, 1, 50], [0, 5e-4, 1e-3, 0], [0, 0, 0, 5.1]])  # middle, flank, miss; and down on the lid's plane
-    t = synthetic.intersect(tube, 0, np.zeros((3, 1)), rays)
+    plate = scene_of(synthetic_street.box((0, 0, -1), (900, 900, 1), "wall", black))  # a ground plane at 0
+    down = synthetic.intersect(plate, 0, np.array([[0], [0], [1.73]]), unit * [[1], [1], [-1]])
+    assert down[0] == pytest.approx(1.73 / 0.8, abs=1e-12)
+    ball = scene_of(synthetic_street.ball((30, 0, 40), (2, 2, 2), "wall", black))
+    assert synthetic.intersect(ball, 0, nowhere, unit)[0] == pytest.approx(48, abs=1e-9)
+    tube = scene_of(synthetic_street.rod((50, 0, -5), (50, 0, 5), 0.04, "wall", black))
+    rays = np.array(
+        [[1.0, 1, 1, 50], [0, 5e-4, 1e-3, 0], [0, 0, 0, 5.1]]
+    )  # middle, flank, miss; down on the lid's plane
+    t = synthetic.intersect(tube, 0, nowhere, rays)
     a, b, c = 1 + 5e-4**2, -50.0, 50**2 - 0.04**2
     assert t[:2] == pytest.approx([49.96, (-b - np.sqrt(b * b - a * c)) / a], abs=1e-7) and np.isinf(t[2:]).all()
 
@@ -158,16 +187,16 @@ def test_closed_forms():
 def test_intersections_against_marching(kind):
     """In small steps along each ray, asking of every point whether it is inside."""
     rng = np.random.default_rng(kind)
-    R = synthetic.rotation(*rng.uniform(-1, 1, 3))
+    R = synthetic_street.rotation(*rng.uniform(-1, 1, 3))
     half, taper = np.array([1.5, 0.7, 0.4]), (0.5, 0.3, 0.4)
     if kind == ROD:
         half[1] = half[0]
-    scene = scene_of(synthetic.part(kind, (9, 1, 0), half, "wall", (0, 0, 0), taper, R))
+    scene = scene_of(synthetic_street.part(kind, (9, 1, 0), half, "wall", (0, 0, 0), taper, R))
     direction = np.array([[9.0], [1], [0]]) / 9 + 0.1 * rng.standard_normal((3, 400))
     t = synthetic.intersect(scene, 0, np.zeros((3, 1)), direction)
     steps = np.arange(0, 25, 0.004)
-    q = np.einsum("ji,jnk->ink", R, direction[:, :, None] * steps - np.array([9, 1, 0])[:, None, None]) / half[:, None, None]
-    x, y, z = q
+    away = direction[:, :, None] * steps - np.array([9, 1, 0])[:, None, None]
+    x, y, z = np.einsum("ji,jnk->ink", R, away) / half[:, None, None]
     up = (z + 1) / 2  # 0 at the bottom, 1 at the top
     inside = {
         HULL: (np.abs(z) < 1) & (x < 1 - taper[0] * up) & (-x < 1 - taper[1] * up) & (np.abs(y) < 1 - taper[2] * up),
@@ -184,12 +213,15 @@ def test_intersections_against_marching(kind):
 def test_windows_lose_no_hit(frames):
     """Each primitive tried on the rays inside its window gives what trying it on all rays would."""
     f = frames[1]
-    R = synthetic.rotation(0.05, 0.01, -0.01)
-    lidar = synthetic.lidar_rays(np.deg2rad(np.linspace(2, -24, 20)), np.deg2rad(np.arange(-48, 48, 1.1)), R.T, -R.T @ [0, 0, 1.8])
+    R = synthetic_street.rotation(0.05, 0.01, -0.01)
+    elevation, azimuth = np.deg2rad(np.linspace(2, -24, 20)), np.deg2rad(np.arange(-48, 48, 1.1))
+    lidar = synthetic.lidar_rays(elevation, azimuth, R.T, -R.T @ [0, 0, 1.8])
     sun = synthetic.sun_rays(np.array([0.6, -0.48, 0.64]), np.geomspace(6, 86, 60) - 6, np.linspace(-32, 32, 50))
     for rays in (f.camera, lidar, sun):
         t, index = synthetic.cast(rays, f.scene)
-        rays_all = type(rays)(**{**vars(rays), "windows": lambda edges: [[0, rays.shape[0], 0, rays.shape[1]]] * len(edges)})
+        everything = [0, rays.shape[0], 0, rays.shape[1]]
+        rays_all = SimpleNamespace(origin=rays.origin, direction=rays.direction, shape=rays.shape)
+        rays_all.windows = lambda edges, window=everything: [window] * len(edges)
         t_all, index_all = synthetic.cast(rays_all, f.scene)
         assert np.array_equal(t, t_all) and np.array_equal(index, index_all)
         assert len(np.unique(index)) > 30
@@ -198,11 +230,12 @@ def test_windows_lose_no_hit(frames):
 def test_camera_rays_follow_the_written_calibration(frames):
     """Hit points, carried through the matrices in the file, return to their own pixels and depths."""
     f = frames[0]
-    m = {k: np.array(v.split(), float).reshape(3, -1) for k, v in (s.split(":") for s in f.calib.splitlines() if s)}
+    m = matrices(f.calib)
     t, index = synthetic.cast(f.camera, f.scene)
     world = (f.camera.origin + t * f.camera.direction)[:, index >= 0]
     velo = f.R_velo.T @ (world - f.place_velo[:, None])
-    u, v, depth = m["P2"] @ homogeneous(m["R0_rect"]) @ homogeneous(m["Tr_velo_to_cam"]) @ np.vstack([velo, np.ones(velo.shape[1])])
+    rect = homogeneous(m["R0_rect"]) @ homogeneous(m["Tr_velo_to_cam"]) @ np.vstack([velo, np.ones(velo.shape[1])])
+    u, v, depth = m["P2"] @ rect
     row, column = np.nonzero(index >= 0)
     assert np.abs(u / depth - column).max() < 1e-6 and np.abs(v / depth - row).max() < 1e-6
     assert np.abs(depth - t[index >= 0]).max() < 1e-6
@@ -214,12 +247,14 @@ def test_points_inside_3d_boxes_project_into_2d_boxes(big, scenes):
         for path in sorted((root / "training" / "label_2").iterdir()):
             f = read(root, path.stem)
             width, height = f["picture"].size
-            visible = (f["depth_of_points"] > 0) & (f["u"] >= 0) & (f["u"] <= width - 1) & (f["v"] >= 0) & (f["v"] <= height - 1)
+            u, v = f["u"], f["v"]
+            visible = (f["depth_of_points"] > 0) & (u >= 0) & (u <= width - 1) & (v >= 0) & (v <= height - 1)
             for o in f["objects"]:
                 left, top, right, bottom = map(float, o[4:8])
                 own = in_box(f["rect"], o, MARGIN) & visible
-                hit = (f["u"] >= left) & (f["u"] <= right) & (f["v"] >= top) & (f["v"] <= bottom)
-                inside, outside = inside + (own & hit).sum(), outside + (own & ~hit).sum()
+                hit = (u >= left) & (u <= right) & (v >= top) & (v <= bottom)
+                inside += (own & hit).sum()
+                outside += (own & ~hit).sum()
                 if o[2] == "0" and float(o[1]) < 0.3 and float(o[13]) < 25:
                     near += 1
                     assert in_box(f["rect"], o).sum() >= 8, f"{path} has a near, visible {o[0]} without points: {o}"
@@ -229,37 +264,40 @@ def test_points_inside_3d_boxes_project_into_2d_boxes(big, scenes):
 
 def test_objects_fit_their_boxes_and_meet_nothing(frames):
     seen = 0
+    standing = [MATERIAL_ID[name] for name in ("facade", "wall", "bark", "sign")]  # houses, walls, trunks, poles
     for f in frames:
-        m = {k: np.array(v.split(), float).reshape(3, -1) for k, v in (s.split(":") for s in f.calib.splitlines() if s)}
+        m = matrices(f.calib)
         to_rect = homogeneous(m["R0_rect"]) @ homogeneous(m["Tr_velo_to_cam"])
-        boxes = []
+        R = to_rect[:3, :3] @ f.R_velo.T  # world to rectified camera
+        fixed = np.flatnonzero(np.isin(f.scene.material, standing))
+        taken = []
         for name, members, yaw in f.objects:
-            R = to_rect[:3, :3] @ f.R_velo.T
             box = synthetic.box_3d(f.scene, members, yaw, R, to_rect[:3, 3] - R @ f.place_velo)
-            boxes.append(box)
+            h, w, l, x, y, z, ry = box
             t, index = synthetic.cast(f.camera, f.scene, members)
             world = (f.camera.origin + t * f.camera.direction)[:, index >= 0]
             rect = R @ (world - f.place_velo[:, None]) + to_rect[:3, 3:]
-            o = [name, *[0] * 7, *box]
-            assert in_box(rect, o, -0.006).all(), f"a part of a {name} sticks out of its box"
+            assert in_box(rect, [name, *[0] * 7, *box], -0.006).all(), f"a part of a {name} sticks out of its box"
             seen += rect.shape[1] > 0
+
             # tight: the parts reach every face to a few centimetres
-            for axis, size in zip(synthetic.rotation(pitch=box[6]).T, (box[2], box[0], box[1])):
-                low, high = synthetic.extent(f.scene, members, axis @ R)
+            for axis, size in zip(synthetic_street.rotation(pitch=ry).T, (l, h, w)):
+                low, high = synthetic_street.extent(f.scene, members, axis @ R)
                 assert 0 <= size - (high - low) < 0.021
-            # nothing that stands fast is inside: houses, walls, poles, trunks
-            fixed = np.flatnonzero(np.isin(f.scene.material, [synthetic.MATERIAL_ID[k] for k in ("facade", "wall", "bark", "sign")]))
-            h, w, l, x, y, z, ry = box
-            grid = np.array(np.meshgrid(*[np.linspace(-0.5, 0.5, 12)] * 3)).reshape(3, -1) * [[l], [h], [w]] - [[0], [h / 2], [0]]
-            body = synthetic.rotation(pitch=ry) @ grid + np.array([[x], [y], [z]])
+
+            # nothing that stands fast is inside
+            unit = np.array(np.meshgrid(*[np.linspace(-0.5, 0.5, 12)] * 3)).reshape(3, -1)
+            inside = unit * [[l], [h], [w]] - [[0], [h / 2], [0]]
+            body = synthetic_street.rotation(pitch=ry) @ inside + np.array([[x], [y], [z]])
             body = R.T @ (body - to_rect[:3, 3:]) + f.place_velo[:, None]
             for i in fixed:
                 q = f.scene.M[i] @ (body - f.scene.centre[i][:, None])
                 planes = f.scene.planes[i]
                 assert not (planes[:, :3] @ q < planes[:, 3:]).all(0).any(), f"a {name} stands in {f.scene.material[i]}"
-        flat = [(b[3], -b[5], b[2] / 2, b[1] / 2, b[6]) for b in boxes]  # x, z as a plane whose yaw turns as is_free's
-        for k, spot in enumerate(flat):
-            assert k == 0 or synthetic.is_free((spot[0], spot[1], spot[2], spot[3], spot[4]), np.array(flat[:k]))
+
+            spot = (x, -z, l / 2, w / 2, ry)  # x, z as a plane whose yaw turns as is_free's
+            assert not taken or synthetic_street.is_free(spot, np.array(taken))
+            taken.append(spot)
     assert seen > 15
 
 
@@ -269,7 +307,7 @@ def test_occlusion_levels(frames):
     for f in frames:
         _, index = synthetic.cast(f.camera, f.scene)
         shares = {}
-        for name, members, yaw in f.objects:
+        for name, members, _ in f.objects:
             alone = synthetic.cast(f.camera, f.scene, members)[1] >= 0
             if alone.any():
                 shares.setdefault(name, []).append(1 - (np.isin(index, members) & alone).sum() / alone.sum())
@@ -283,7 +321,8 @@ def test_occlusion_levels(frames):
 
 
 def test_command_line(run_script, tmp_path):
-    done = run_script("synthetic.py", "--root", "made/here", "--frames", 4, "--width", 160, "--height", 48, "--val", 0.5, "--seed", 3)
+    arguments = ["--frames", 4, "--width", 160, "--height", 48, "--val", 0.5, "--seed", 3]
+    done = run_script("synthetic.py", "--root", "made/here", *arguments)
     assert done.returncode == 0, done.stderr
     root = tmp_path / "made" / "here"
     assert (root / "ImageSets" / "val.txt").read_text() == "000001\n000003\n"
@@ -294,13 +333,30 @@ def test_command_line(run_script, tmp_path):
     assert digests(root) == before
 
 
+@pytest.mark.parametrize(
+    "flag, value",
+    [("frames", 0), ("seed", -1), ("width", 31), ("height", 10**5), ("val", 1.0), ("val", np.nan), ("workers", -2)],
+)
+def test_a_value_out_of_range_names_its_flag(flag, value, tmp_path):
+    with pytest.raises(BadInput, match=f"^--{flag} {value}: must be from "):
+        synthetic.write_dataset(tmp_path / "data", **{flag: value}, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
     """No file may exceed 8 KB here: pictures and clouds do."""
-    command = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", sys.executable, "synthetic.py", "--root", tmp_path / "it", "--frames", "2", "--no-progress"]
-    for size in (["--width", "160", "--height", "48"], ["--width", "64", "--height", "32"]):  # ends at a picture, at a cloud
-        done = subprocess.run([*command, *size], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'it'}: File too large\n")
+    command = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", sys.executable, "synthetic.py"]
+    command += ["--root", tmp_path / "it", "--frames", "2", "--no-progress"]
+    for width, height in (("160", "48"), ("64", "32")):  # ends at a picture, at a cloud
+        done = subprocess.run([*command, "--width", width, "--height", height], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'it'}: not written (File too large)\n")
         assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="file/it: not written"):
+        synthetic.write_dataset(tmp_path / "file" / "it", frames=1, progress=False)
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -310,4 +366,50 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "frame", broken)
     with pytest.raises(RuntimeError):
         synthetic.write_dataset(tmp_path / "data", frames=2, progress=False, **SMALL)
+    monkeypatch.setattr(synthetic, "frame", lambda *_: os._exit(9))  # as when memory runs out
+    with pytest.raises(BadInput, match="data: a process that wrote frames was killed"):
+        synthetic.write_dataset(tmp_path / "data", frames=2, progress=False, **SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_leaves_neither_files_nor_processes(tmp_path):
+    """Whichever script wrote the scenes: its own processes used to wait for work for ever."""
+    code = f"import synthetic; synthetic.write_dataset({str(tmp_path / 'it')!r}, 1000, width=32, height=32, workers=2)"
+    run = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not list(tmp_path.rglob("000000.txt")):
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(60) == 143 and not list(tmp_path.iterdir())
+    with pytest.raises(ProcessLookupError):  # nobody is left of its group
+        os.killpg(run.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "roots, frames, rank, written",
+    [
+        (["data/synthetic"], 64, 0, True),
+        (["data/synthetic/", "data/more"], 64, 0, True),
+        (["data/synthetic"], 0, 0, False),
+        (["data/synthetic"], 64, 1, False),
+        (["data/synthetik"], 64, 0, False),
+        (["."], 64, 0, False),
+    ],
+)
+def test_scenes_are_written_to_the_presets_own_folder_alone(roots, frames, rank, written, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic, "write_dataset", lambda **kwargs: asked.append(kwargs))
+    run = SimpleNamespace(main=rank == 0, any=lambda flag: flag)
+    config = SimpleNamespace(synthetic_frames=frames, data_root=tuple(roots))
+    synthetic.write_scenes(config, run)
+    assert asked == ([{"frames": 64}] if written else [])
+    (tmp_path / "data" / "synthetic").mkdir(parents=True)
+    synthetic.write_scenes(config, run)
+    assert len(asked) == written  # none again
+
+
+@pytest.mark.parametrize("script", [simipu, finetune_depth])
+def test_a_mistyped_folder_is_not_filled_with_scenes(script, run_here, tmp_path):
+    status, _, said = run_here(script, "demo", "--data-root", "data/kiti")
+    assert status == 1 and said.splitlines()[-1] == "error: data/kiti: no such folder"
+    assert not (tmp_path / "data").exists()

@@ -1,5 +1,6 @@
-"""Weights in and out. Foreign checkpoints are fabricated with their key names around a network whose function is known on pixels
-normalised their way; what was loaded must compute the same of the same uint8 image, normalised ours."""
+"""Weights in and out. Foreign checkpoints are fabricated with their key names around a network whose function is known
+on pixels normalised their way; what was loaded must compute the same of the same uint8 image, normalised ours.
+"""
 
 import argparse
 import functools
@@ -20,7 +21,12 @@ import weights
 from files import BadInput
 
 # part of the config that mmcv keeps as text
-CONFIG = "model = dict(type='FCOS')\nimg_norm_cfg = dict(\n    mean=[{}],\n    std=[{}],\n    to_rgb={})\ntrain_pipeline = []"
+CONFIG = """model = dict(type='FCOS')
+img_norm_cfg = dict(
+    mean=[{}],
+    std=[{}],
+    to_rgb={})
+train_pipeline = []"""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of 0..1, RGB
 
 
@@ -78,6 +84,9 @@ def head(*names):
     return {name: torch.randn(8) for name in names}
 
 
+# each -> the network that was trained, what is saved, words of the summary
+
+
 def torchvision():
     net = network()
     return net, named(net) | head("fc.weight", "fc.bias"), "taken: names without prefix", "2 head or classifier"
@@ -85,34 +94,38 @@ def torchvision():
 
 def timm():
     net = network()
-    state = named(net) | head("fc.weight", "fc.bias")
-    return net, {"state_dict": state, "arch": "resnet18", "epoch": 3}, "taken: names without prefix of state_dict", "2 head or classifier"
+    content = {"state_dict": named(net) | head("fc.weight", "fc.bias"), "arch": "resnet18", "epoch": 3}
+    return net, content, "taken: names without prefix of state_dict", "2 head or classifier"
 
 
 def moco_v1():
     net, key = network(), network(seed=1)
     state = named(key, "module.encoder_k.") | named(net, "module.encoder_q.")
     state |= head("module.encoder_q.fc.weight", "module.encoder_q.fc.bias", "module.queue")
-    return net, {"epoch": 200, "arch": "resnet18", "state_dict": state}, "taken: encoder_q.* of state_dict", "120 key encoder, 2 head or classifier, 1 queue"
+    content = {"epoch": 200, "arch": "resnet18", "state_dict": state}
+    return net, content, "taken: encoder_q.* of state_dict", "120 key encoder, 2 head or classifier, 1 queue"
 
 
 def moco_v2():
     net, key = network(), network(seed=1)
     state = named(net, "module.encoder_q.") | head("module.encoder_q.fc.0.weight", "module.encoder_q.fc.2.bias")
     state |= named(key, "module.encoder_k.") | head("module.encoder_k.fc.0.weight", "module.queue", "module.queue_ptr")
-    return net, {"state_dict": state, "optimizer": {"state": {}}}, "taken: encoder_q.* of state_dict", "2 head or classifier, 121 key encoder, 2 queue"
+    content = {"state_dict": state, "optimizer": {"state": {}}}
+    return net, content, "taken: encoder_q.* of state_dict", "2 head or classifier, 121 key encoder, 2 queue"
 
 
 def densecl():
     net, key = network(), network(seed=1)
     state = head("queue", "queue_ptr", "queue2", "queue2_ptr", "encoder_q.1.mlp.0.weight", "encoder_q.1.mlp2.0.weight")
     state |= named(net, "encoder_q.0.") | named(key, "encoder_k.0.") | named(net, "backbone.")
-    return net, {"state_dict": state, "meta": {}}, "taken: encoder_q.0.* of state_dict", "4 queue, 2 head or classifier, 120 key encoder, 120 image encoder"
+    ignored = "4 queue, 2 head or classifier, 120 key encoder, 120 image encoder"
+    return net, {"state_dict": state, "meta": {}}, "taken: encoder_q.0.* of state_dict", ignored
 
 
 def densecl_wrapped():
     net, key = network(), network(seed=1)
-    return net, {"state_dict": named(net, "module.encoder_q.") | named(key, "module.encoder_k.")}, "taken: encoder_q.*", "120 key encoder"
+    state = named(net, "module.encoder_q.") | named(key, "module.encoder_k.")
+    return net, {"state_dict": state}, "taken: encoder_q.*", "120 key encoder"
 
 
 def densecl_extracted():
@@ -127,14 +140,16 @@ def dino():
 
 def dino_full():
     net, student = network(), network(seed=1)
-    content = {"student": named(student, "module.backbone."), "teacher": named(net, "backbone.") | head("head.mlp.0.weight")}
+    teacher = named(net, "backbone.") | head("head.mlp.0.weight")
+    content = {"student": named(student, "module.backbone."), "teacher": teacher}
     content |= {"args": argparse.Namespace(arch="resnet18"), "epoch": 9}
     return net, content, "taken: backbone.* of the teacher; its student is left", "1 head or classifier"
 
 
 def dino_full_distributed():
     net, student = network(), network(seed=1)
-    return net, {"student": named(student, "module.backbone."), "teacher": named(net, "module.backbone.")}, "of the teacher", "assumed"
+    content = {"student": named(student, "module.backbone."), "teacher": named(net, "module.backbone.")}
+    return net, content, "of the teacher", "assumed"
 
 
 def compiled():
@@ -142,7 +157,8 @@ def compiled():
     return net, {"model": named(net, "_orig_mod.backbone.")}, "taken: backbone.* of model", "assumed"
 
 
-FOREIGN = (torchvision, timm, moco_v1, moco_v2, densecl, densecl_wrapped, densecl_extracted, dino, dino_full, dino_full_distributed, compiled)
+FOREIGN = (torchvision, timm, moco_v1, moco_v2, densecl, densecl_wrapped, densecl_extracted)
+FOREIGN += (dino, dino_full, dino_full_distributed, compiled)
 
 
 @pytest.mark.parametrize("make", FOREIGN, ids=lambda f: f.__name__)
@@ -155,10 +171,15 @@ def test_foreign_checkpoints_compute_what_they_did(make, tmp_path):
 
 
 def release(depth=50, **convention):
-    """As the release's Inter_Intro_moco_better with all its options saves itself. -> its image encoder, point encoder with biases, file."""
-    net, points = network(depth, eps=1e-3, **(convention or {"channels": "BGR", "undivided": True})), PointsWithBiases()
-    state = named(net, "img_backbone.") | points.named("pts_backbone.") | points.named("pts_backbone_k.", 1.0) | named(network(18, 1), "img_backbone_k.")
-    for name in ("mlp_cross_points", "mlp_cross_img", "mlp_intro_points", "mlp_intro_img", "mlp_cross_img_pred", "mlp_cross_pts_pred"):
+    """As the release's Inter_Intro_moco_better with all its options saves itself. -> its image encoder, point encoder
+    with biases, file.
+    """
+    convention = convention or {"channels": "BGR", "undivided": True}
+    net, points = network(depth, eps=1e-3, **convention), PointsWithBiases()
+    state = named(net, "img_backbone.") | points.named("pts_backbone.")
+    state |= points.named("pts_backbone_k.", 1.0) | named(network(18, 1), "img_backbone_k.")
+    heads = "mlp_cross_points mlp_cross_img mlp_intro_points mlp_intro_img mlp_cross_img_pred mlp_cross_pts_pred"
+    for name in heads.split():
         state |= head(f"{name}.layer1.0.weight", f"{name}.layer1.0.bias", f"{name}.layer1.1.running_var")
     state |= head("img_conv1x1_1.weight", "img_conv1x1_2.bias", "queue", "queue_ptr", "img_queue", "img_queue_ptr")
     return net, points, {"state_dict": state, "meta": {"epoch": 50, "iter": 5800, "CLASSES": None}, "optimizer": {}}
@@ -169,7 +190,8 @@ def test_the_release(tmp_path):
     encoder, summary = load(content, tmp_path / "SimIPU_kitti_50e.pth", 50)
     assert_same_function(encoder, net, channels="BGR", undivided=True)
     assert "318 tensors loaded (100% of the parameters), 0 missing" in summary and "taken: img_backbone.*" in summary
-    for words in ("4 queue", f"{210 + 120} key encoder", "6 predictor", "210 point encoder", "12 head", "2 other", "BGR, 0..255 less the mean", "converted"):
+    ignored = ("4 queue", f"{210 + 120} key encoder", "6 predictor", "210 point encoder", "12 head", "2 other")
+    for words in (*ignored, "BGR, 0..255 less the mean", "converted"):
         assert words in summary, (words, summary)
     content["meta"]["config"] = CONFIG.format("103.53, 116.28, 123.675", "1.0, 1.0, 1.0", False)
     encoder, summary = load(content, tmp_path / "SimIPU_kitti_50e.pth", 50)
@@ -177,7 +199,8 @@ def test_the_release(tmp_path):
     assert "the config in the file says" in summary and "running variances" in summary
     loaded = encoders.PointEncoder(16)
     summary = weights.load_point_encoder(loaded, tmp_path / "SimIPU_kitti_50e.pth")
-    assert "180 tensors loaded (100% of the parameters), 0 missing" in summary and "30 biases" in summary and "318 image encoder" in summary
+    assert "180 tensors loaded (100% of the parameters), 0 missing" in summary
+    assert "30 biases" in summary and "318 image encoder" in summary
     points.assert_same_function(loaded)
 
 
@@ -202,22 +225,27 @@ def test_pixels_by_flag(flag, tmp_path):
 
 
 def test_undivided_pixels_are_not_taken_for_divided_ones(tmp_path):
-    with pytest.raises(BadInput, match=r"it\.pth: its first layer has seen pixels in 0\.\.255.*--init-pixels bgr_mean or rgb_mean") as e:
+    words = r"it\.pth: its first layer has seen pixels in 0\.\.255.*--init-pixels bgr_mean or rgb_mean"
+    with pytest.raises(BadInput, match=words) as e:
         load(named(network(undivided=True)), tmp_path / "it.pth")
     assert "\n" not in str(e.value)
     fresh = encoders.ResNet(18).eval()  # its variances say nothing
     encoder, summary = load(named(fresh), tmp_path / "it.pth")
-    assert weights.pixel_scale(fresh.state_dict()) is None and "assumed" in summary and encoder.conv1.weight.equal(fresh.conv1.weight)
+    assert weights.pixel_scale(fresh.state_dict()) is None
+    assert "assumed" in summary and encoder.conv1.weight.equal(fresh.conv1.weight)
 
 
 def test_pixels_by_the_config_in_the_file(tmp_path):
-    with_config = lambda net, *said: {"state_dict": named(net, "backbone."), "meta": {"config": CONFIG.format(*said)}}
+    def with_config(net, *said):
+        return {"state_dict": named(net, "backbone."), "meta": {"config": CONFIG.format(*said)}}
+
     net = network(channels="BGR", undivided=True)
     encoder, summary = load(with_config(net, "103.53, 116.28, 123.675", "1.0, 1.0, 1.0", False), tmp_path / "it.pth")
     assert_same_function(encoder, net, channels="BGR", undivided=True)
     assert "the config in the file says" in summary
     divided = with_config(network(), "123.675, 116.28, 103.53", "58.395, 57.12, 57.375", True)
-    assert "converted" not in load(divided, tmp_path / "it.pth")[1] and "converted" not in load(divided, tmp_path / "it.pth", pixels="rgb")[1]
+    for flag in ("auto", "rgb"):
+        assert "converted" not in load(divided, tmp_path / "it.pth", pixels=flag)[1]
     with pytest.raises(BadInput, match="--init-pixels bgr_mean: .*itself says RGB"):
         load(divided, tmp_path / "it.pth", pixels="bgr_mean")
     with pytest.raises(BadInput, match="not ImageNet's mean"):
@@ -226,7 +254,8 @@ def test_pixels_by_the_config_in_the_file(tmp_path):
     caffe["meta"]["config"] += "\nbackbone = dict(style='caffe')"
     with pytest.raises(BadInput, match="Caffe"):
         load(caffe, tmp_path / "it.pth", 50)
-    assert "WARNING: a Caffe-style" in load(named(network(50, channels="BGR", undivided=True)), tmp_path / "it.pth", 50, "bgr_mean")[1]
+    undivided = network(50, channels="BGR", undivided=True)
+    assert "WARNING: a Caffe-style" in load(named(undivided), tmp_path / "it.pth", 50, "bgr_mean")[1]
 
 
 def test_pixels_by_this_repos_own_words(tmp_path):
@@ -235,11 +264,13 @@ def test_pixels_by_this_repos_own_words(tmp_path):
     encoder, summary = load(own, tmp_path / "backbone.pt")
     assert_same_function(encoder, net, 1e-6)
     assert "assumed" not in summary and "converted" not in summary
-    heads = head("mlp_cross_img.layer1.0.weight", "mlp_cross_points.layer1.0.weight")  # a last.pt's model, saved again by someone: not the release's
+    # a last.pt's model, saved again by someone: not the release's
+    heads = head("mlp_cross_img.layer1.0.weight", "mlp_cross_points.layer1.0.weight")
     encoder, summary = load(named(net, "img_backbone.") | heads, tmp_path / "it.pth")
     assert_same_function(encoder, net, 1e-6)
     net = network(channels="BGR")
-    encoder, summary = load({"state_dict": named(net), "meta": {"mean": MEAN[::-1], "std": STD[::-1], "channels": "BGR"}}, tmp_path / "it.pth")
+    meta = {"mean": MEAN[::-1], "std": STD[::-1], "channels": "BGR"}
+    encoder, summary = load({"state_dict": named(net), "meta": meta}, tmp_path / "it.pth")
     assert_same_function(encoder, net, channels="BGR")
     for broken in ({"mean": (0.5,)}, {"std": "none"}, {"channels": "HSV"}):
         with pytest.raises(BadInput, match="not understood"):
@@ -289,25 +320,29 @@ class PointsWithBiases:
                 layer.forward = lambda x, count=None, layer=layer, bias=bias: self.layer(x, layer, bias)
 
     def layer(self, x, layer, bias):
-        y = F.conv1d(x.reshape(1, -1, x.shape[-1]).mT, layer.conv.weight.flatten(2) if layer.conv.weight.dim() == 4 else layer.conv.weight, bias)
+        kernel = layer.conv.weight.flatten(2)  # (out, in, 1), of a convolution over one dimension or two
+        y = F.conv1d(x.reshape(1, -1, x.shape[-1]).mT, kernel, bias)
         bn = layer.bn
         y = F.relu(F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps))
         return y[0].mT.reshape(*x.shape[:-1], -1)
 
     def named(self, prefix, offset=0.0):
-        return {prefix + k: v.clone() + (offset if v.is_floating_point() else 0) for k, v in (self.encoder.state_dict() | self.biases).items()}
+        tensors = self.encoder.state_dict() | self.biases
+        return {prefix + k: v + offset if v.is_floating_point() else v.clone() for k, v in tensors.items()}
 
     def assert_same_function(self, loaded):
         cloud = torch.rand(1, 128, 4, generator=torch.Generator().manual_seed(4)) * torch.tensor([3, 3, 1, 1])
         with torch.no_grad():
             (places, features), (own_places, own) = self.encoder.eval()(cloud), loaded.eval()(cloud)
         assert features.std() > 0.05
-        torch.testing.assert_close((own_places, own), (places, features), rtol=0, atol=1e-4 * features.abs().max().item())
+        tolerance = 1e-4 * features.abs().max().item()
+        torch.testing.assert_close((own_places, own), (places, features), rtol=0, atol=tolerance)
 
 
 def test_points_refuse_what_does_not_fit(tmp_path):
     torch.save({"state_dict": named(encoders.PointEncoder(16, use_xyz=True), "pts_backbone.")}, tmp_path / "xyz.pth")
-    with pytest.raises(BadInput, match=r"xyz.pth: .* is \(32, 4, 1, 1\), not \(32, 1, 1, 1\).*--use-xyz"):  # though 90 % of the parameters fit
+    words = r"xyz.pth: .* is \(32, 4, 1, 1\), not \(32, 1, 1, 1\).*--use-xyz"
+    with pytest.raises(BadInput, match=words):  # though 90 % of the parameters fit
         weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "xyz.pth")
     torch.save(named(network()), tmp_path / "image.pth")
     with pytest.raises(BadInput, match="0% of the parameters"):
@@ -333,13 +368,16 @@ def resnet_names(depth):
 
 
 def release_point_shapes():
-    """From the release's config: sa_channels, aggregation_channels, in_channels 4, ConvModules of name conv and bn, all with bias=True."""
+    """From the release's config: sa_channels, aggregation_channels, in_channels 4, ConvModules of name conv and bn, all
+    with bias=True.
+    """
     sa_channels = [[[32, 32, 64], [32, 32, 64], [64, 64, 128]], [[64, 64, 128], [64, 64, 128], [128, 128, 256]]]
     sa_channels += [[[128, 128, 256], [128, 128, 256], [256, 256, 512]]]
     shapes, cin = {}, 1
 
     def conv_module(name, a, b, ones):
-        shapes.update({f"{name}.conv.weight": (b, a, *ones), f"{name}.conv.bias": (b,), f"{name}.bn.num_batches_tracked": ()})
+        shapes.update({f"{name}.conv.weight": (b, a, *ones), f"{name}.conv.bias": (b,)})
+        shapes.update({f"{name}.bn.num_batches_tracked": ()})
         shapes.update({f"{name}.bn.{p}": (b,) for p in BN[:4]})
 
     for s, (mlps, aggregation) in enumerate(zip(sa_channels, (128, 256, 1024))):
@@ -366,7 +404,8 @@ def finished(tmp_path):
         for layer in model.pts_backbone.modules():
             if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
                 layer.running_mean.normal_()
-        torch.save({"model": model.state_dict(), "config": runtime.as_json(c), "identity": {}, "step": 7, "git": "abc", "optimizers": []}, folder / "last.pt")
+        last = {"model": model.state_dict(), "config": runtime.as_json(c), "optimizers": []}
+        torch.save(last | {"identity": {}, "step": 7, "git": "abc"}, folder / "last.pt")
         if c.inter_weight:
             about = {"arch": c.image_encoder, "mean": MEAN, "std": STD, "channels": "RGB", "step": 7, "git": "abc"}
             torch.save({"state_dict": model.img_backbone.state_dict(), **about}, folder / "backbone.pt")
@@ -375,44 +414,62 @@ def finished(tmp_path):
     return make
 
 
+EXPORTED = [(18, "last.pt", f) for f in ("torchvision", "timm", "mmdet", "mmdet3d", "points")]
+EXPORTED += [(18, "backbone.pt", f) for f in ("mmdet", "mmdet3d")] + [(50, "last.pt", "mmdet3d")]
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_export(finished, tmp_path, depth):
     folder, model = finished(image_encoder=f"resnet{depth}")
-    image, points, encoder = resnet_names(depth), release_point_shapes(), encoders.ResNet(depth)
-    expected = {
-        "torchvision": image, "timm": image, "mmdet": {"backbone." + k for k in image},
-        "mmdet3d": {"img_backbone." + k for k in image} | points.keys(), "points": points.keys(),
-    }  # fmt: skip
-    for source, formats in {"last.pt": expected if depth == 18 else ["mmdet3d"], "backbone.pt": ["mmdet", "mmdet3d"] if depth == 18 else []}.items():
-        for format in formats:
-            names = {k for k in expected[format] if source == "last.pt" or not k.startswith("pts_backbone.")}
-            out = tmp_path / source / f"{format}.pth"
-            weights.export(folder / source, format=format, out=out)
-            assert sorted(p.name for p in out.parent.glob(f"{format}.*")) == [f"{format}.json", f"{format}.pth"]
-            saved = torch.load(out, weights_only=True)
-            assert saved.keys() == {"state_dict", "meta"} and saved["state_dict"].keys() == names
-            meta = saved["meta"]
-            assert meta == json.loads(out.with_suffix(".json").read_text()) and (meta["step"], meta["git"], meta["format"]) == (7, "abc", format)
-            if format != "points":
-                assert (meta["arch"], meta["channels"], meta["mean"], meta["std"]) == (f"resnet{depth}", "RGB", list(MEAN), list(STD))
-                for value in encoder.state_dict().values():
-                    value.zero_()
-                summary = weights.load_image_encoder(encoder, out)
-                assert f"{len(image)} tensors loaded (100% of the parameters), 0 missing" in summary
-                assert "the file says" in summary and "converted" not in summary
-                assert_same_function(encoder, model.img_backbone, 1e-7)
-            norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
-            assert meta.get("img_norm_cfg") == (norm if format.startswith("mm") else None)
-            if any(k.startswith("pts_") for k in names):
-                assert {k: tuple(v.shape) for k, v in saved["state_dict"].items() if k.startswith("pts_")} == points
-                assert not any(v.any() for k, v in saved["state_dict"].items() if k.endswith("conv.bias"))
-                loaded = encoders.PointEncoder(16)
-                assert "180 tensors loaded (100% of the parameters), 0 missing" in weights.load_point_encoder(loaded, out)
-                assert all(v.equal(loaded.state_dict()[k]) for k, v in model.pts_backbone.state_dict().items())
-    for load_it, part in ((weights.load_image_encoder, "img_backbone"), (weights.load_point_encoder, "pts_backbone")):  # last.pt itself
-        fresh = encoders.ResNet(depth) if part == "img_backbone" else encoders.PointEncoder(16)
-        assert "0 missing" in load_it(fresh, folder / "last.pt")
-        assert all(v.equal(fresh.state_dict()[k]) for k, v in getattr(model, part).state_dict().items())
+    for _, source, format in [entry for entry in EXPORTED if entry[0] == depth]:
+        out = tmp_path / source / f"{format}.pth"
+        weights.export(folder / source, format=format, out=out)
+        assert sorted(p.name for p in out.parent.glob(f"{format}.*")) == [f"{format}.json", f"{format}.pth"]
+        saved = torch.load(out, weights_only=True)
+        assert saved.keys() == {"state_dict", "meta"}
+        assert saved["meta"] == json.loads(out.with_suffix(".json").read_text())
+        check_exported(saved, format, depth, with_points=source == "last.pt")
+        if format != "points":
+            encoder = encoders.ResNet(depth)
+            summary = weights.load_image_encoder(encoder, out)
+            assert f"{len(resnet_names(depth))} tensors loaded (100% of the parameters), 0 missing" in summary
+            assert "the file says" in summary and "converted" not in summary
+            assert_same_function(encoder, model.img_backbone, 1e-7)
+        if source == "last.pt" and format in ("mmdet3d", "points"):
+            points = encoders.PointEncoder(16)
+            summary = weights.load_point_encoder(points, out)
+            assert "180 tensors loaded (100% of the parameters), 0 missing" in summary
+            assert_same_weights(points, model.pts_backbone)
+    # last.pt itself
+    encoder, points = encoders.ResNet(depth), encoders.PointEncoder(16)
+    assert "0 missing" in weights.load_image_encoder(encoder, folder / "last.pt")
+    assert "0 missing" in weights.load_point_encoder(points, folder / "last.pt")
+    assert_same_weights(encoder, model.img_backbone)
+    assert_same_weights(points, model.pts_backbone)
+
+
+def assert_same_weights(loaded, trained):
+    assert all(value.equal(loaded.state_dict()[name]) for name, value in trained.state_dict().items())
+
+
+def check_exported(saved, format, depth, with_points):
+    """Names, shapes and meta of an exported file."""
+    image, points, state, meta = resnet_names(depth), release_point_shapes(), saved["state_dict"], saved["meta"]
+    expected = {"torchvision": image, "timm": image, "mmdet": {"backbone." + k for k in image}}
+    expected["mmdet3d"] = {"img_backbone." + k for k in image}
+    expected["mmdet3d"] |= points.keys() if with_points else set()
+    expected["points"] = points.keys()
+    assert state.keys() == expected[format]
+    assert (meta["step"], meta["git"], meta["format"]) == (7, "abc", format)
+    if format != "points":
+        assert (meta["arch"], meta["channels"]) == (f"resnet{depth}", "RGB")
+        assert (meta["mean"], meta["std"]) == (list(MEAN), list(STD))
+    norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
+    assert meta.get("img_norm_cfg") == (norm if format.startswith("mm") else None)
+    exported = {name: value for name, value in state.items() if name.startswith("pts_")}
+    if exported:
+        assert {name: tuple(value.shape) for name, value in exported.items()} == points
+        assert not any(value.any() for name, value in exported.items() if name.endswith("conv.bias"))
 
 
 def test_export_refuses(finished, tmp_path):
@@ -423,19 +480,22 @@ def test_export_refuses(finished, tmp_path):
     torch.save({**other, "arch": "timm:regnety_032"}, tmp_path / "timm.pt")
     torch.save(other["state_dict"], tmp_path / "plain.pth")
     out = tmp_path / "new" / "it.pth"
+    last, backbone, of_timm = folder / "last.pt", folder / "backbone.pt", tmp_path / "timm.pt"
     refused = [
         (tmp_path / "nowhere.pt", "mmdet", out, "nowhere.pt: no such file"),
         (tmp_path / "plain.pth", "mmdet", out, "plain.pth: not a last.pt or backbone.pt"),
-        (folder / "backbone.pt", "points", out, "backbone.pt: holds no trained point encoder; export last.pt"),
-        (folder / "last.pt", "points", out, "--use-xyz"),
-        (folder / "last.pt", "mmdet3d", out, "--use-xyz.*backbone.pt"),
+        (backbone, "points", out, "backbone.pt: holds no trained point encoder; export last.pt"),
+        (last, "points", out, "--use-xyz"),
+        (last, "mmdet3d", out, "--use-xyz.*backbone.pt"),
         (no_image / "last.pt", "mmdet", out, "--inter-weight 0"),
         (no_points / "last.pt", "points", out, "--intra-weight 0"),
-        *((tmp_path / "timm.pt", f, out, f"--format {f}: .*timm:regnety_032") for f in ("torchvision", "mmdet", "mmdet3d")),
-        (folder / "backbone.pt", "timm", folder / "backbone.pt", "is the checkpoint itself"),
-        (folder / "backbone.pt", "timm", folder, "is a folder"),
-        (folder / "backbone.pt", "timm", tmp_path / "it.json", "the JSON goes there"),
-        (folder / "backbone.pt", "timm", tmp_path / "plain.pth" / "it.pth", "--out .*plain.pth"),
+        (of_timm, "torchvision", out, "--format torchvision: .*timm:regnety_032"),
+        (of_timm, "mmdet", out, "--format mmdet: .*timm:regnety_032"),
+        (of_timm, "mmdet3d", out, "--format mmdet3d: .*timm:regnety_032"),
+        (backbone, "timm", backbone, "is the checkpoint itself"),
+        (backbone, "timm", folder, "is a folder"),
+        (backbone, "timm", tmp_path / "it.json", "the JSON goes there"),
+        (backbone, "timm", tmp_path / "plain.pth" / "it.pth", "--out .*plain.pth"),
     ]
     for checkpoint, format, to, words in refused:
         with pytest.raises(BadInput, match=words) as e:
@@ -448,15 +508,19 @@ def test_export_refuses(finished, tmp_path):
 
 
 def test_the_commands(run_script, run_here, scenes, tmp_path):
-    """A run's backbone.pt says what it is; the run is exported, and starts another run, whose first step is that of its weights."""
+    """A run's backbone.pt says what it is; the run is exported, and starts another run, whose first step is that of its
+    weights.
+    """
     start = ["demo", "--data-root", scenes, *MINI]
     assert run_here(simipu, *start, "--max-steps", 2)[0] == 0
     saved = torch.load(tmp_path / "out" / "demo" / "backbone.pt", weights_only=True)
-    assert (saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["arch"], saved["step"]) == ("RGB", MEAN, STD, "resnet18", 2)
+    assert (saved["channels"], saved["arch"], saved["step"]) == ("RGB", "resnet18", 2)
+    assert (tuple(saved["mean"]), tuple(saved["std"])) == (MEAN, STD)
     assert len(saved["state_dict"]) == 122 - 2  # torchvision's resnet18 has two more, of its classifier
     done = run_script("eval.py", "export", "out/demo/last.pt", "--format", "mmdet3d", "--out", "it.pth")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("it.pth: 330 tensors") and json.loads((tmp_path / "it.json").read_text())["arch"] == "resnet18"
+    assert done.stdout.startswith("it.pth: 330 tensors")
+    assert json.loads((tmp_path / "it.json").read_text())["arch"] == "resnet18"
     refused = run_here(evaluate, "export", "out/demo/backbone.pt", "--format", "points", "--out", "points.pth")
     assert refused == (1, "", "error: out/demo/backbone.pt: holds no trained point encoder; export last.pt\n")
     assert not list(tmp_path.glob("points.*"))
@@ -464,8 +528,11 @@ def test_the_commands(run_script, run_here, scenes, tmp_path):
     slow = ["--max-steps", 1, "--image-lr", 1e-12, "--point-lr", 1e-12]
     done = run_script("simipu.py", *start, *slow, "--name", "again", "--init", "it.pth", "--init-points", "it.pth")
     assert done.returncode == 0, done.stderr
-    assert "it.pth: 120 tensors loaded (100% of the parameters)" in done.stdout and "it.pth: 180 tensors loaded (100% of the parameters)" in done.stdout
-    before, after = (torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["model"] for name in ("demo", "again"))
+    for tensors in (120, 180):
+        assert f"it.pth: {tensors} tensors loaded (100% of the parameters)" in done.stdout
+    before, after = (
+        torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["model"] for name in ("demo", "again")
+    )
     for name, value in before.items():
         if name.startswith(("img_backbone.", "pts_backbone.")) and name.endswith(("weight", "bias")):
             np.testing.assert_allclose(after[name], value, atol=1e-6)

@@ -1,0 +1,89 @@
+"""What is drawn of 3D detection: the curves of a run, and boxes on an image and from above."""
+
+import numpy as np
+
+import data
+import data_det3d
+import ops_boxes
+from files import read_log
+from pictures import curve, draw_panels, from_above, limit_to_image, new_figure, save_figure
+
+LABELLED, FOUND = "tab:green", "tab:red"
+RING = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4]  # a path along the edges of a box's bottom, one upright edge, and its top
+UPRIGHT = [[1, 5], [2, 6], [3, 7]]  # the other upright edges
+SHOWN = 0.3  # of detections, the score from which they are drawn
+CLASS_COLOURS = {"Car": "tab:blue", "Pedestrian": "tab:orange", "Cyclist": "tab:green"}
+
+
+def draw_curves(log_path, path):
+    """The three losses, AP of unseen frames where it was asked more than once, and the learning rate, to a PNG."""
+    lines = read_log(log_path)
+    log = [line for line in lines if "lr" in line]
+    judged = [line for line in lines if "det3d" in line]
+    losses, scores = [], []
+    for loss, colour in (("classes", "tab:blue"), ("boxes", "tab:orange"), ("direction", "tab:green")):
+        losses.append(curve(log, [line[loss] for line in log], color=colour, label=loss))
+    if len(judged) > 1:
+        for name, colour in CLASS_COLOURS.items():
+            ap = [line["det3d"][name]["3d loose"]["AP40"][1] for line in judged]
+            scores.append(curve(judged, ap, color=colour, marker="o", ms=3, label=name))
+    rate = [curve(log, [line["lr"][0] for line in log], label="AdamW")]
+    panels = {"losses": losses, "unseen frames: 3D AP40, loose, moderate, %": scores, "learning rate": rate}
+    draw_panels(panels if log else {}, path)
+
+
+def draw_boxes(scene, boxes, scores, classes, path, title):
+    """Are the boxes right? Labelled boxes green, found ones red and dashed, on the image and seen from above.
+
+    scene: data_det3d.Scene; boxes (n, 7), scores (n,), classes (n,): of a detector. Those above a score of SHOWN are
+    drawn, with their scores. -> what was found, in words.
+    """
+    shown = scores > SHOWN
+    boxes, scores, classes = boxes[shown], scores[shown], classes[shown]
+    known = scene.classes >= 0
+    truth, truth_classes = scene.boxes[known], scene.classes[known]
+    height, width = scene.image.shape[:2]
+    tall = 14 * height / width  # inches of the image
+    figure = new_figure(14, tall + 9.4)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[tall + 0.8, 8.6])
+    on_image, above = top.subplots(), bottom.subplots()
+
+    on_image.imshow(scene.image)
+    above.scatter(-scene.points[:, 1], scene.points[:, 0], s=0.6, c="0.6", linewidths=0)
+    for box in truth:
+        _draw_box(on_image, above, scene.lidar2img, box, LABELLED, "-")
+    for box, score, k in zip(boxes, scores, classes):
+        said = f"{data_det3d.CLASSES[k]} {score:.2f}"
+        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", said)
+
+    counts = []
+    for k, name in enumerate(data_det3d.CLASSES):
+        counts.append(f"{name} {(truth_classes == k).sum()} labelled, {(classes == k).sum()} found")
+    said = "; ".join(counts)
+    colours = f"labelled boxes green, found ones (score above {SHOWN}) red and dashed"
+    top.suptitle(f"{title}: {colours}\n{said}", fontsize=12)
+    limit_to_image(on_image, height, width)
+    on_image.axis("off")
+    from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
+    above.set_ylim(0, max([30.0, *(float(box[0]) + 8 for box in (*truth, *boxes))]))
+    above.set_xlim(-28, 28)
+    save_figure(figure, path)
+    return said
+
+
+def _draw_box(on_image, above, lidar2img, box, colour, dashes, said=""):
+    """One box in both pictures, with words beside it."""
+    corners = ops_boxes.corners(box)  # (8, 3)
+    uv, depth = data.project(corners, lidar2img)
+    if depth.min() > 0.5:
+        for path in (RING, *UPRIGHT):
+            on_image.plot(*uv[path].T, dashes, c=colour, lw=1.4)
+        left, top = uv.min(0)
+        paper = {"fc": "white", "alpha": 0.7, "pad": 0.8, "lw": 0}
+        if said:
+            on_image.text(left, top - 3, said, color=colour, fontsize=8, va="bottom", bbox=paper, clip_on=True)
+    ring = corners[RING[:5]]
+    above.plot(-ring[:, 1], ring[:, 0], dashes, c=colour, lw=1.6)
+    ahead = box[:2] + box[3] * 0.75 * np.array([np.cos(box[6]), np.sin(box[6])])
+    above.plot([-box[1], -ahead[1]], [box[0], ahead[0]], dashes, c=colour, lw=1.2)
+    above.text(-box[1] + 1.2, box[0], said, color=colour, fontsize=9, va="center", clip_on=True)

@@ -1,0 +1,123 @@
+"""A table of variants: its figures are those of the runs, runs are not mixed, and what cannot work is said first."""
+
+import json
+
+import pytest
+from test_loop import SMALL
+
+import ablate
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def rows_of(out):
+    """The cells of a printed table, without its titles."""
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    return lines[1:]
+
+
+def test_ablation_table(run_here, scenes, tmp_path):
+    """Means over two seeds. The second time nothing is run again, and a finished run with other flags is refused."""
+    arguments = ["--name", "t", "--only", "SimIPU", "--data-root", scenes, *SMALL, "--max-steps", 1, "--workers", 0]
+    status, out, err = run_here(ablate, "--seeds", 0, 1, *arguments, "--synthetic-frames", 0)
+    assert status == 0, err
+    rows = rows_of(out)
+    assert [row[0] for row in rows] == ["random", "SimIPU"]
+    mean, low, high = (float(x) for x in rows[1][1].replace("(", "").replace(")", "").split() if x != "to")
+    folders = [tmp_path / "out" / "t" / "SimIPU" / str(seed) for seed in (0, 1)]
+    ranks = [log_of(folder)[-1]["match"]["right_rank"] for folder in folders]
+    assert mean == pytest.approx(sum(ranks) / 2, abs=0.051)
+    assert [low, high] == [round(x, 1) for x in sorted(ranks)]
+    before = (folders[0] / "log.jsonl").stat().st_mtime
+    assert run_here(ablate, "--seeds", 0, 1, *arguments)[1] == out
+    assert (folders[0] / "log.jsonl").stat().st_mtime == before
+    status, _, err = run_here(ablate, "--seeds", 0, *arguments, "--image-lr", 0.01)
+    assert status == 1 and "image_lr=0.001, not 0.01; give another --name" in err
+
+
+def test_wrong_argument_by_subprocess(run_script):
+    done = run_script("ablate.py", "--seeds", "x")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--seeds" in done.stderr
+
+
+def test_ablation_of_depth(run_here, scenes, tmp_path):
+    """One row for each initialisation and share of labels; the figures are those of the runs' last lines."""
+    small = ["--image-scale", 0.25, "--decoder-width", 32, "--batch-size", 2, "--max-steps", 1, "--workers", 0]
+    variants = ["--inits", "none", "--labels", 1, 0.5, "--seeds", 0]
+    status, out, err = run_here(ablate, "--task", "depth", *variants, "--data-root", scenes, *small)
+    assert status == 0, err
+    rows = rows_of(out)
+    assert [row[0] for row in rows] == ["none, 1 of labels", "none, 0.5 of labels"]
+    for row, folder, pairs in zip(rows, ("none_1_of_labels", "none_0.5_of_labels"), (6, 3)):
+        first, *_, last = log_of(tmp_path / "out" / "ablation" / folder / "0")
+        assert first["data"]["frames"] == pairs
+        eigen = last["depth"]["eigen"]
+        assert float(row[1].split()[0]) == pytest.approx(100 * eigen["abs_rel"], abs=0.051)
+        assert float(row[3].split()[0]) == pytest.approx(eigen["rmse"], abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--only nonsense", "--only nonsense: the variants are SimIPU"),
+        ("--only SimIPU --task depth", "--only: of --task match"),
+        ("--placse 3", "--placse"),
+        ("--only SimIPU --data-root nowhere", "nowhere: no such folder"),
+        ("--seed 3", "--seed: give --seeds"),
+        ("--seeds", "--seeds: nothing given"),
+        ("--seeds 0 0", "out/ablation/SimIPU/0: 2 runs would be made there"),
+        ("--eval-splits", "--eval-splits: an ablation needs frames to judge on"),
+        ("--max-steps 1", "--max-steps 1: too few for groups of 8"),  # 0 would be as many as --epochs has
+    ],
+)
+def test_ablations_that_cannot_work(run_here, scenes, arguments, says):
+    where = [] if "--data-root" in arguments else ["--data-root", scenes]
+    status, out, err = run_here(ablate, *arguments.split(), *where)
+    assert status == 1 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and says in err, err
+
+
+@pytest.mark.parametrize("flag, values", [("seeds", "-1 99999999999999999999 nan"), ("jobs", "0 -2 nan")])
+def test_numbers_that_cannot_be(run_here, scenes, flag, values):
+    """Every numeric flag has a range: what is outside is one line that names flag and value (siblings of V10)."""
+    for value in values.split():
+        status, out, err = run_here(ablate, "--data-root", scenes, f"--{flag}", value)
+        assert status == 1 and out == "" and err.count("\n") == 1, err
+        assert err.startswith("error: ") and f"--{flag}" in err and value in err
+
+
+@pytest.mark.parametrize("value", ["nan", "0.0", "-1.0", "2.0"])
+def test_shares_of_labels_that_cannot_be(run_here, scenes, value):
+    status, out, err = run_here(ablate, "--task", "depth", "--data-root", scenes, "--labels", value)
+    assert status == 1 and out == "" and err == f"error: --labels {value}: must be above 0, and 1 at most\n"
+
+
+@pytest.mark.parametrize("arguments", ["--frame-stride 0", "--max-steps -4", "--places 3"])
+def test_flags_of_the_task_are_tried_before_anything_runs(run_here, scenes, tmp_path, arguments):
+    """Not by the first of many runs, in whose last words they would come back."""
+    status, out, err = run_here(ablate, "--data-root", scenes, *arguments.split())
+    assert status == 1 and err.startswith(f"error: {arguments}: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_flag_stands_twice_in_a_command():
+    """A variant's own flags take the place of the user's: a script may refuse what is given twice."""
+    flags = ["--use_xyz", "--crop", "0.5", "1", "--image-lr=3", "--translation", "-1", "0", "0", "--places", "8"]
+    own = ["--no-use-xyz", "--crop", "1", "2", "--image-lr", "2"]
+    assert ablate.overridden(flags, own) == ["--translation", "-1", "0", "0", "--places", "8", *own]
+    options = ablate.Options(name="n", seeds=(3,))
+    words = ["--batch-size", "4", "--group", "4", "--max-steps", "10", "--seed", "7"]
+    base = ablate.TASKS["match"].parse("demo", words)
+    job = ablate.job_of(options, words, base, "groups of 8", "--batch-size 8 --group 8", 3)
+    given = [word for word in job.arguments if word.startswith("--")]
+    assert len(given) == len(set(given)) == 5
+    assert (job.c.batch_size, job.c.group, job.c.max_steps, job.c.seed) == (8, 8, 5, 3)  # as many frames as the others
+    assert str(job.folder) == "out/n/groups_of_8/3" and job.c.name == "n/groups_of_8/3"
+
+
+def test_row():
+    """mean (smallest to largest), a dash where no run has the figure."""
+    found = [{"intra_rank": 1.0, "intra_top1": 0.5}, {"intra_rank": 2.0, "intra_top1": 0.25}]
+    row = ablate.row("x", found, ablate.TASKS["match"])
+    assert row == "| x | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"

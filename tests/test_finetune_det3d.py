@@ -1,0 +1,800 @@
+"""MVX-Net: targets, losses and decoding against plain loops, invariances, two frames learned by heart, and the real
+script in miniature.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import data_det3d
+import data_kitti
+import encoders
+import eval_boxes
+import finetune_det3d
+import loop
+import ops_boxes
+import ops_sparse
+import runtime
+import synthetic
+from data_det3d import CLASSES
+from files import BadInput
+from finetune_det3d import ANCHORS, Config, Detector
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "point_range": (0.0, -9.6, -3.0, 19.2, 9.6, 1.0), "image_scale": (160, 64), "max_points": 4096,
+    "fpn": 16, "fusion": 16, "vfe": 16, "sparse": (8, 8, 16, 16, 32), "second": (32, 64), "second_layers": 1,
+    "neck": 32, "batch_size": 2, "workers": 0, "log_every": 1,
+}  # fmt: skip
+C = dataclasses.replace(finetune_det3d.PRESETS["demo"][1], **SHAPE)
+SMALL = []  # the same as flags
+for field, value in SHAPE.items():
+    SMALL += ["--" + field.replace("_", "-"), *(value if isinstance(value, tuple) else (value,))]
+
+
+def samples_of(scenes, c, split="val"):
+    """Its frames as they are: nothing pasted, moved or mirrored."""
+    frames = data_det3d.find_frames([scenes], [split])
+    dataset = data_det3d.DetectionFrames(frames, c, data_det3d.Layout(c), training=False)
+    return [dataset[(0, i)] for i in range(len(frames))]
+
+
+def batch_of(samples, c):
+    layout = data_det3d.Layout(c)
+    batch = data_det3d.collate(layout, samples)
+    return data_det3d.augment(batch, eval_boxes.judging_box(c), layout, CPU)
+
+
+def build(c, seed=0):
+    torch.manual_seed(seed)
+    return Detector(c)
+
+
+# -----------------------------------------------------------------------------
+# anchors and codes
+
+
+def test_anchors_sit_on_their_cells():
+    """A voxel that the encoder's layers hand on to one cell of the map seen from above lies where that cell's anchors
+    do, or, where the map is enlarged, in the middle of those that the cell becomes.
+    """
+    for upsample in ((1, 2), (2, 4)):
+        c = dataclasses.replace(C, upsample=upsample)
+        layout = data_det3d.Layout(c)
+        anchors = finetune_det3d.anchor_grid(layout)
+        Y, X = layout.cells[::-1]
+        assert anchors.shape == (Y, X, 3, 2, 7) and Y == X == 24 * upsample[0]
+        y, x = 8 * 5, 8 * 17
+        key = layout.grid.encode(torch.tensor([0]), *(torch.tensor([cell]) for cell in (9, y, x)))
+        keys = ops_sparse.pyramid_keys(key, layout.grid, layout.windows)[-1]
+        _, _, rows, columns = layout.grids[-1].decode(keys)
+        assert set(rows.tolist()) == {5} and set(columns.tolist()) == {17}
+        n = upsample[0]
+        mine = anchors[n * 5 : n * 6, n * 17 : n * 18, 0, 0, :2].flatten(0, 1).mean(0)
+        place = [(cell + 0.5) * 0.1 + start for cell, start in ((x, 0.0), (y, -9.6))]
+        torch.testing.assert_close(mine, torch.tensor(place))
+        assert (anchors[0, 1:, 0, 0, 0] - anchors[0, :-1, 0, 0, 0]).allclose(torch.tensor(0.8 / n))
+
+
+def test_anchors_are_mmdetection3ds():
+    """Its sizes (along x and y at yaw 0), bottoms and yaws, which turn clockwise from -y."""
+    anchors = finetune_det3d.anchor_grid(data_det3d.Layout(C)).double()
+    sizes = ((0.6, 0.8, 1.73, -0.6), (0.6, 1.76, 1.73, -0.6), (1.6, 3.9, 1.56, -1.78))
+    for k, (along_x, along_y, height, bottom) in enumerate(sizes):
+        across, along = ops_boxes.corners(anchors[3, 4, k]) - anchors[3, 4, k, :, None, :3]
+        np.testing.assert_allclose(across.amax(0), [along_x / 2, along_y / 2, height / 2], atol=1e-6)
+        np.testing.assert_allclose(along.amax(0), [along_y / 2, along_x / 2, height / 2], atol=1e-6)
+        np.testing.assert_allclose(anchors[3, 4, k, :, 2] - height / 2, bottom, atol=1e-6)
+        np.testing.assert_allclose(-math.pi / 2 - anchors[3, 4, k, :, 6], [0, math.pi / 2], atol=1e-6)
+    full = data_det3d.Layout(Config())
+    assert full.grid.shape == (41, 1600, 1408) and full.cells == (176, 200)
+    assert full.grids[-1].shape == (2, 200, 176)
+
+
+QUARTERS = [i * math.pi / 2 for i in range(-2, 3)]
+
+
+def test_codes_and_bins_at_all_quarter_turns():
+    """Codes are mmdetection3d's, of boxes with its yaw; decoded, with the bin, they are the boxes again, at every
+    heading but the two where the bins meet: there a rounding decides, so .01 beside them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    anchors = finetune_det3d.anchor_grid(data_det3d.Layout(C))[::5, ::7].flatten(0, 3)
+    meeting = [yaw for yaw in QUARTERS if abs(yaw) == math.pi / 2]
+    yaws = [yaw for yaw in QUARTERS if yaw not in meeting] + [m + d for m in meeting for d in (-0.01, 0.01)]
+    for yaw in (*yaws, *(math.tau * torch.rand(4, generator=generator) - math.pi).tolist()):
+        boxes = anchors + torch.randn(anchors.shape, generator=generator) * torch.tensor([1, 1, 0.5, 0, 0, 0, 0])
+        boxes[:, 3:6] *= 1 + 0.5 * torch.rand(len(boxes), 3, generator=generator)
+        boxes[:, 6] = yaw
+        codes = finetune_det3d.encode(boxes, anchors)
+        (xa, ya, za, la, wa, ha, ra), (xg, yg, zg, lg, wg, hg, rg) = anchors.T, boxes.T
+        diagonal = (la**2 + wa**2).sqrt()
+        theirs = [(xg - xa) / diagonal, (yg - ya) / diagonal, (zg - za) / ha]
+        theirs += [(wg / wa).log(), (lg / la).log(), (hg / ha).log()]
+        theirs += [(-math.pi / 2 - rg) - (-math.pi / 2 - ra)]
+        torch.testing.assert_close(codes, torch.stack(theirs, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(finetune_det3d.decode(codes, anchors), boxes, rtol=1e-4, atol=1e-5)
+        # its bin: the half turns in its yaw, from 0 on
+        bins = finetune_det3d.direction_bin(boxes[:, 6])
+        assert (bins == math.floor(((-math.pi / 2 - yaw) % math.tau) / math.pi)).all()
+
+        n = 10  # one frame for each box, so that no box is in another's way
+        scores, directions = torch.full((n, len(anchors), 3), -9.0), torch.zeros(n, len(anchors), 2)
+        pick = torch.randperm(len(anchors), generator=generator)[:n]
+        scores[torch.arange(n), pick, 1] = 4.0
+        directions[torch.arange(n), pick, bins[pick]] = 3.0
+        turned = codes + torch.tensor([0, 0, 0, 0, 0, 0, math.pi])  # what the loss, a sine, cannot tell
+        for told in (codes, turned, codes - (turned - codes)):
+            found, score, classes = finetune_det3d.select(scores, told.expand(n, -1, -1), directions, anchors)
+            assert (score[:, 0] > 0.9).all() and (score[:, 1:] == 0).all() and (classes[:, 0] == 1).all()
+            off = found[:, 0] - boxes[pick]
+            assert off[:, :6].abs().max() < 1e-3 and (off[:, 6].cos() > 1 - 1e-5).all()
+
+
+# -----------------------------------------------------------------------------
+# which anchor answers for which box
+
+
+def random_boxes(generator, frames, each, c):
+    """Of all classes, a tenth of them none; sizes within a fifth of the anchors', any place, any yaw."""
+    classes = torch.randint(0, 30, (frames, each), generator=generator).clamp(max=29) // 9
+    classes = torch.where(classes == 3, -1, classes)
+    low, high = torch.tensor(c.point_range[:2]), torch.tensor(c.point_range[3:5])
+    sizes = torch.tensor([ANCHORS[name][0] for name in CLASSES])[classes.clamp(min=0)]  # width, length, height, bottom
+    boxes = torch.zeros(frames, each, 7)
+    boxes[..., :2] = low + (high - low) * torch.rand(frames, each, 2, generator=generator)
+    boxes[..., 3:6] = sizes[..., [1, 0, 2]] * (0.8 + 0.4 * torch.rand(frames, each, 3, generator=generator))
+    boxes[..., 2] = sizes[..., 3] + boxes[..., 5] / 2
+    boxes[..., 6] = math.tau * torch.rand(frames, each, generator=generator) - math.pi
+    return boxes, classes
+
+
+def assigned_by_hand(anchors, boxes, classes):
+    """One frame, by MaxIoUAssigner's steps: background, neither, the best box if it is enough; then to each box the
+    anchors that overlap it most, the box with the least overlap first. -> class, owner of each anchor (A,)
+    """
+    label, owner = torch.full(anchors.shape[:-1], -2), torch.zeros(anchors.shape[:-1], dtype=torch.long)
+    for k, name in enumerate(CLASSES):
+        positive, negative, least = ANCHORS[name][1]
+        flat, mine = anchors[:, :, k].flatten(0, 2), torch.nonzero(classes == k)[:, 0]
+        found, best = torch.full((len(flat),), -1), torch.zeros(len(flat), dtype=torch.long)
+        if len(mine):
+            overlap = ops_boxes.pairwise(ops_boxes.nearest_bev_iou, flat, boxes[mine])
+            most, which = overlap.max(1)
+            found[most >= negative] = -2
+            found[most >= positive] = k
+            best = mine[which]
+            for i in overlap.max(0).values.argsort():
+                top = overlap[:, i].max()
+                if top >= least:
+                    found[overlap[:, i] == top] = k
+                    best[overlap[:, i] == top] = mine[i]
+        label[:, :, k], owner[:, :, k] = (x.view(anchors.shape[:2] + (2,)) for x in (found, best))
+    return label.flatten(), owner.flatten()
+
+
+def test_assignment_is_the_plain_loops():
+    generator = torch.Generator().manual_seed(1)
+    anchors = finetune_det3d.anchor_grid(data_det3d.Layout(dataclasses.replace(C, upsample=(1, 2))))
+    boxes, classes = random_boxes(generator, 20, 14, C)
+    boxes[:3, 1] = boxes[:3, 0] + 0.05  # two that want the same anchors
+    classes[:3, 1] = classes[:3, 0]
+    classes[5] = -1  # an empty frame
+    target = finetune_det3d.assign(anchors, boxes, classes)
+    rescued = 0
+    for b in range(len(boxes)):
+        label, owner = assigned_by_hand(anchors, boxes[b], classes[b])
+        assert torch.equal(target["classes"][b], label)
+        positive = label >= 0
+        assert torch.equal(target["boxes"][b][positive], boxes[b][owner[positive]])
+        overlap = ops_boxes.nearest_bev_iou(anchors.flatten(0, 3)[positive], boxes[b][owner[positive]])
+        enough = torch.tensor([ANCHORS[name][1][0] for name in CLASSES])[label[positive]]
+        rescued += (overlap < enough).sum()
+    label = target["classes"]
+    assert all((label == k).sum() > 15 for k in (-2, 0, 1, 2)) and rescued > 5 and (label[5] == -1).all()
+
+
+def test_losses_are_the_plain_loops():
+    """Focal (2, .25), smooth L1 (1/9) with the sine of the yaws' difference, times 2, cross-entropy times .2; over the
+    positive anchors, one a frame at least; of mmdetection3d's head, in float64.
+    """
+    generator = torch.Generator().manual_seed(2)
+    anchors = finetune_det3d.anchor_grid(data_det3d.Layout(C)).flatten(0, 3)[:40]
+    A, B = len(anchors), 3
+    scores, codes, directions = (torch.randn(B, A, n, generator=generator) for n in (3, 7, 2))
+    label = torch.randint(-2, 3, (B, A), generator=generator)
+    label[1] = -1
+    boxes = anchors.repeat(B, 1, 1) * (1 + 0.3 * torch.rand(B, A, 7, generator=generator))
+    boxes[label < 0] = 0  # log of 0: must be nobody's
+    raw = [x.requires_grad_() for x in (scores, codes, directions)]
+    found = finetune_det3d.detection_losses(*raw, anchors, {"classes": label, "boxes": boxes})
+    sum(found.values()).backward()
+    assert all(x.grad.isfinite().all() for x in raw)
+
+    wanted = dict.fromkeys(("classes", "boxes", "direction"), 0.0)
+    for b in range(B):
+        for a in range(A):
+            k = int(label[b, a])
+            for j in range(3):
+                p = 1 / (1 + math.exp(-scores[b, a, j].item()))
+                if k == j:
+                    wanted["classes"] -= 0.25 * (1 - p) ** 2 * math.log(p)
+                elif k != -2:
+                    wanted["classes"] -= 0.75 * p**2 * math.log(1 - p)
+            if k >= 0:
+                code = finetune_det3d.encode(boxes[b, a].double(), anchors[a].double())
+                for i in range(7):
+                    off = codes[b, a, i].item() - code[i].item()
+                    off = abs(math.sin(off) if i == 6 else off)
+                    wanted["boxes"] += 2 * (off**2 / 2 * 9 if off < 1 / 9 else off - 1 / 18)
+                truth = int(finetune_det3d.direction_bin(boxes[b, a, 6]))
+                wanted["direction"] -= 0.2 * directions[b, a].double().log_softmax(0)[truth].item()
+    count = sum(max(int((row >= 0).sum()), 1) for row in label)
+    assert all(float(found[name]) == pytest.approx(wanted[name] / count, rel=1e-4) for name in wanted)
+    assert not scores.grad[label == -2].any() and not codes.grad[label < 0].any() and codes.grad[label >= 0].any()
+
+
+def test_targets_as_predictions_score_100(tmp_path):
+    """Labels of more than 40 objects a class, through boxes, targets, decoding, suppression, result files and the
+    evaluator: nothing is lost, turned, or moved by more than the files' digits.
+    """
+    rng = np.random.default_rng(3)
+    c = dataclasses.replace(finetune_det3d.PRESETS["demo"][1])
+    layout = data_det3d.Layout(c)
+    anchors = finetune_det3d.anchor_grid(layout)
+    width, height, truths, results = 1242, 375, [], []
+    for n in range(16):
+        calib = tmp_path / f"{n:06d}.txt"
+        calib.write_text(synthetic.mount(rng, 0.0, width, height)[0])
+        files = Path("none.png"), Path("none.bin"), (calib,)
+        frame = data_kitti.ObjectFrame(f"training/{n:06d}", *files, data_kitti.RIG)
+        _, velo2cam = data_kitti.split_projection(frame)
+        rows = []
+        while len(rows) < 9:
+            name = CLASSES[len(rows) % 3]
+            w, length, h, bottom = ANCHORS[name][0]
+            x, y = rng.uniform(7, 22), rng.uniform(-9, 9)
+            size = np.array([length, w, h]) * rng.uniform(0.85, 1.15, 3)
+            yaw = rng.uniform(-math.pi, math.pi)
+            box = np.array([x, y, bottom + size[2] / 2, *size, yaw])
+            rect = data_det3d.projected_rect(box[None], frame.lidar2img())[0]
+            apart = all(np.hypot(*(box[:2] - other[:2])) > 4.6 for _, other, _ in rows)
+            if abs(math.cos(yaw)) > 0.01 and apart and rect.min() > 0 and rect[2] < width - 1 and rect[3] < height - 1:
+                if rect[3] - rect[1] > 41:
+                    rows.append((name, box, rect))
+        lines = []
+        for name, box, rect in rows:
+            h, w, length, x, y, z, ry = ops_boxes.box_to_label(box, velo2cam)
+            alpha = (ry - math.atan2(x, z) + math.pi) % math.tau - math.pi
+            numbers = (0, 0, alpha, *rect, h, w, length, x, y, z, ry)
+            lines.append(" ".join([name, *(f"{v:.6f}" for v in numbers)]))
+        label = tmp_path / f"label_{n}.txt"
+        label.write_text("\n".join(lines) + "\n")
+
+        types, numbers = data_kitti.read_labels(label)
+        boxes = torch.from_numpy(ops_boxes.label_to_box(numbers[:, 7:14], velo2cam)).float()[None]
+        classes = torch.tensor([[CLASSES.index(t) for t in types]])
+        target = finetune_det3d.assign(anchors, boxes, classes)
+        positive = target["classes"] >= 0
+        flat = anchors.flatten(0, 3)
+        codes = torch.where(positive[..., None], finetune_det3d.encode(target["boxes"].clamp(min=-1e9), flat), 0)
+        scores = torch.full((1, len(flat), 3), -8.0)
+        hits = positive[0].nonzero()[:, 0]
+        scores[0, hits, target["classes"][0, hits]] = 2 + torch.from_numpy(rng.random(len(hits))).float()
+        directions = torch.nn.functional.one_hot(finetune_det3d.direction_bin(target["boxes"][..., 6]), 2).float()
+        found, score, kinds = (x[0] for x in finetune_det3d.select(scores, codes, directions, flat))
+        there = score > 0
+        assert len(hits) < finetune_det3d.BEFORE_NMS and there.sum() == 9
+        detections = (x[there].numpy() for x in (found.double(), score, kinds))
+        path = tmp_path / f"result_{n}.txt"
+        eval_boxes.write_results(path, *eval_boxes.as_results(frame, (width, height), *detections))
+        truths.append((types, numbers))
+        results.append(eval_boxes.read_results(path))
+    figures = eval_boxes.evaluate(truths, results)
+    for name in CLASSES:
+        assert figures[name]["n"] == [48] * 3
+        for metric in eval_boxes.TITLES:
+            np.testing.assert_allclose(figures[name][metric]["AP40"], 100, atol=0.01, err_msg=f"{name} {metric}")
+
+
+# -----------------------------------------------------------------------------
+# what must not matter
+
+
+@pytest.fixture(scope="module")
+def by_heart(scenes):
+    """A small network, taught the two held-out scenes in a hundred steps, half a minute -> model, samples, frames."""
+    model, samples = build(C), samples_of(scenes, C)
+    batch = batch_of(samples, C)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.95, 0.99), weight_decay=0.01)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 1e-2 * finetune_det3d.rate(step, 160, 20)
+        loss, _ = model(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), samples, data_det3d.find_frames([scenes], ["val"])
+
+
+@torch.no_grad()
+def detected(model, samples):
+    """-> of each frame: boxes, scores, classes, best first."""
+    found = zip(*model.detect(batch_of(samples, C)))
+    return [[x[scores > 0] for x in (boxes, scores, classes)] for boxes, scores, classes in found]
+
+
+def assert_same_detections(one, other):
+    for (boxes, scores, classes), (boxes2, scores2, classes2) in zip(one, other, strict=True):
+        assert len(scores) > 3
+        torch.testing.assert_close(scores, scores2, rtol=0, atol=1e-3)
+        torch.testing.assert_close(boxes, boxes2, rtol=0, atol=1e-3)
+        assert torch.equal(classes, classes2)
+
+
+def test_two_frames_learned_by_heart(by_heart):
+    """Every object is found, above .7 of overlap and of score, ahead being ahead; nothing else is above the cut."""
+    model, samples, _ = by_heart
+    for sample, (boxes, scores, classes) in zip(samples, detected(model, samples)):
+        truth = torch.from_numpy(sample["boxes"])
+        overlap = ops_boxes.pairwise(ops_boxes.iou_3d, truth, boxes)
+        overlap[torch.from_numpy(sample["classes"])[:, None] != classes] = 0
+        most, which = overlap.max(1)
+        assert len(boxes) == len(truth) == len(set(which.tolist())) > 3 and (most > 0.7).all()
+        assert (scores > 0.7).all() and ((boxes[which, 6] - truth[:, 6]).cos() > 0.9).all()
+
+
+@torch.no_grad()
+def test_a_batch_is_its_frames_one_by_one(by_heart):
+    model, samples, _ = by_heart
+    whole = model.answers(batch_of(samples, C))
+    for b, sample in enumerate(samples):
+        for raw, single in zip(whole, model.answers(batch_of([sample], C))):
+            torch.testing.assert_close(raw[b : b + 1], single, rtol=1e-3, atol=1e-3)
+    assert_same_detections(detected(model, samples), [detected(model, [s])[0] for s in samples])
+
+
+def permuted(sample, rng, layout):
+    points = sample["points"][rng.permutation(len(sample["points"]))]
+    order = rng.permutation(len(sample["boxes"]))
+    boxes, classes = sample["boxes"][order], sample["classes"][order]
+    return sample | {"points": points, "boxes": boxes, "classes": classes} | data_det3d.voxels(points, layout)
+
+
+def test_order_of_points_boxes_and_frames_does_not_matter(by_heart):
+    """Neither to detections nor to the loss in training mode and its gradients: batch norm's figures are sums, too."""
+    model, samples, _ = by_heart
+    rng = np.random.default_rng(4)
+    shuffled = [permuted(s, rng, model.layout) for s in samples]
+    assert_same_detections(detected(model, samples), detected(model, shuffled))
+    assert_same_detections(detected(model, samples), detected(model, samples[::-1])[::-1])
+    figures = []
+    for some in (samples, shuffled, samples[::-1], shuffled[::-1]):
+        model = build(C)
+        loss, stats = model(batch_of(some, C))
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        figures.append(torch.stack([stats[name] for name in sorted(stats)] + [norm]).detach())
+    for other in figures[1:]:
+        torch.testing.assert_close(other, figures[0], rtol=1e-3, atol=1e-5)
+
+
+def test_pixels_of_ragged_points(scenes):
+    """Each frame's points in a row of its own, where the frame's own matrix puts them; nothing where there are none."""
+    model, samples = build(C), samples_of(scenes, C)
+    few = samples[0] | {"points": samples[0]["points"][:1000]}
+    few |= data_det3d.voxels(few["points"], model.layout)
+    batch = batch_of([samples[1], few], C)
+    uv = model.pixels(batch)
+    assert uv.shape == (2, 4096, 2) and (uv[1, 1000:] < -1000).all()
+    for b, n in ((0, 4096), (1, 1000)):
+        expected, _ = data.project(batch["points"][batch["frame"] == b], batch["lidar2img"][b])
+        torch.testing.assert_close(uv[b, :n], expected, rtol=1e-4, atol=1e-2)
+
+
+def test_voxels_see_their_points_and_their_points_pixels(scenes):
+    """The VFE's ten numbers of a point by hand; a voxel is the maximum of its points; a brighter image is another
+    answer, a point's own pixels alone.
+    """
+    model, samples = build(C), samples_of(scenes, C)
+    batch = batch_of(samples, C)
+    points, rows, level = batch["points"], batch["rows"], batch["levels"][0]
+    decorated = model.pts_voxel_encoder.decorated(points, rows, level)
+    size, start = torch.tensor(C.voxel).double(), torch.tensor(C.point_range[:3]).double()
+    for i in range(0, len(points), 997):
+        xyz, told = points[i, :3].double(), decorated[i].double()
+        torch.testing.assert_close(told[:4], points[i].double())
+        torch.testing.assert_close(told[4:7], xyz - points[rows == rows[i], :3].double().mean(0), rtol=0, atol=1e-5)
+        cell = (xyz - told[7:] - start) / size - 0.5
+        assert (cell - cell.round()).abs().max() < 1e-3 and told[7:].abs().max() < 0.0501
+    x = torch.randn(len(points), 5)
+    top = finetune_det3d.voxel_max(x, rows, len(level.keys))
+    for row in (0, 100, len(level.keys) - 1):
+        assert torch.equal(top[row], x[rows == row].amax(0))
+
+    fusion = model.pts_voxel_encoder.fusion_layer.eval()
+    maps = [torch.zeros(2, C.fpn, 8, 8) for _ in range(5)]
+    cells = [torch.full((2, batch["longest"], 2), 3.0) for _ in range(5)]
+    features = torch.randn(len(points), C.vfe)
+    dark = fusion(features, maps, batch, cells)
+    maps[4][1] = 1.0  # the second frame's last map
+    bright = fusion(features, maps, batch, cells)
+    changed = (bright != dark).any(1)
+    assert not changed[batch["frame"] == 0].any() and changed[batch["frame"] == 1].any()
+
+
+def test_bfloat16_keeps_places_and_losses_in_float32(scenes):
+    model, batch = build(C), batch_of(samples_of(scenes, C), C)
+    seen = []
+    model.pts_voxel_encoder.vfe_layers[0].register_forward_hook(lambda _, inputs, out: seen.append((*inputs, out)))
+    loss, _ = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half, stats = model(batch)
+        raw = model.answers(batch)
+    assert all(x.dtype == torch.float32 for x in (*raw, half, stats["boxes"], *seen[1])) and len(seen) == 3
+    assert torch.equal(seen[0][1], seen[1][1]) and float(half) == pytest.approx(float(loss), rel=0.1)
+    half.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# -----------------------------------------------------------------------------
+# what learns
+
+
+FROZEN = ("img_backbone.conv1.", "img_backbone.bn1.", "img_backbone.layer1.")
+
+
+def test_the_frozen_stage_is_frozen_and_all_else_learns(scenes):
+    """Weights and running figures, through two steps of training; every parameter that learns has a gradient; which
+    optimiser has which, by name, and with what.
+    """
+    c = dataclasses.replace(C, freeze=True, image_optimizer="sgd", image_lr=5e-3, lr=3e-3)
+    model, batch = build(c), batch_of(samples_of(scenes, c), c)
+    adamw, sgd = finetune_det3d.build_optimizers(model, c)
+    names = {id(p): name for name, p in model.named_parameters()}
+    points, image = ([names[id(p)] for group in o.param_groups for p in group["params"]] for o in (adamw, sgd))
+    assert all(name.startswith("pts_") for name in points)
+    assert all(name.startswith(("img_backbone.", "img_neck.")) for name in image)
+    assert "pts_voxel_encoder.fusion_layer.img_transform.0.weight" in points
+    assert sorted(points + image) == sorted(name for name in names.values() if not name.startswith(FROZEN))
+    assert [type(o).__name__ for o in (adamw, sgd)] == ["AdamW", "SGD"]
+    of_adamw, of_sgd = (o.param_groups[0] for o in (adamw, sgd))
+    assert {"lr": 3e-3, "betas": (0.95, 0.99), "weight_decay": 0.01}.items() <= of_adamw.items()
+    assert {"lr": 5e-3, "momentum": 0.9, "weight_decay": 1e-4}.items() <= of_sgd.items()
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        model.train()
+        loss, _ = model(batch)
+        loss.backward()
+        learning = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+        missing = [name for name, grad in learning if grad is None or not grad.any()]
+        assert not missing
+        for optimizer in (adamw, sgd):
+            optimizer.step()
+            optimizer.zero_grad()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if not name.startswith(FROZEN)}
+    assert len(before) - len(changed) == 6 + 2 * 2 * 6  # conv1, bn1 and two blocks of two convolutions and norms
+
+
+def test_without_an_image_and_without_boxes(scenes):
+    """--no-image: no image branch, all gradients. No object in any frame: the loss is finite and has all gradients."""
+    for c in (dataclasses.replace(C, image=False), C):
+        model, samples = build(c), samples_of(scenes, c)
+        assert any(name.startswith("img_") for name, _ in model.named_parameters()) == c.image
+        nothing = [s | {"boxes": s["boxes"][:0], "classes": s["classes"][:0]} for s in samples]
+        for some in (samples, nothing):
+            model.zero_grad()
+            loss, stats = model(batch_of(some, c))
+            loss.backward()
+            grads = [p.grad for p in model.parameters()]
+            assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads)
+            assert (stats["boxes"] > 0) == (stats["positives"] > 0) == (some is samples)
+        optimizers = finetune_det3d.build_optimizers(model, c)
+        assert len(optimizers) == 1 + c.image
+
+
+def test_the_rate_rises_and_falls():
+    """A straight line from a tenth, then a cosine to 1e-5; a run that is shorter than the rise, and one without it."""
+    rates = [finetune_det3d.rate(step, 9280, 1000) for step in range(9280)]
+    np.testing.assert_allclose(np.diff(rates[:1001]), 0.9 / 1000, rtol=1e-9)
+    assert rates[0] == 0.1 and rates[1000] == 1 and rates[5140] == pytest.approx(0.5, abs=1e-5)
+    assert (np.diff(rates[1000:]) < 0).all() and 1e-5 < rates[-1] < 1.01e-5
+    assert finetune_det3d.rate(0, 10, 0) == 1 and finetune_det3d.rate(0, 1, 1000) == 1
+    assert [finetune_det3d.rate(step, 3, 1000) for step in range(3)] == pytest.approx([0.1, 0.55, 1])
+
+
+def test_judge_says_what_the_boxes_say(by_heart, tmp_path):
+    """The figures of cars are those of the labels that lie in the network's range, which it knows."""
+    model, _, frames = by_heart
+    found = eval_boxes.judge(model, frames, C, runtime.Run(CPU, 0, 1))
+    truths, results = [], []
+    for frame in frames:
+        types, numbers = data_kitti.read_labels(frame.label, dont_care=True)
+        boxes = ops_boxes.label_to_box(numbers[:, 7:14], data_kitti.split_projection(frame)[1])
+        near = (boxes[:, :2] >= [0, -9.6]).all(1) & (boxes[:, :2] < [19.2, 9.6]).all(1) & np.isin(types, CLASSES)
+        truths.append((types, numbers))
+        results.append((types[near], np.column_stack([numbers[near], np.linspace(0.9, 0.8, near.sum())])))
+    wanted = eval_boxes.evaluate(truths, results)
+    assert found["frames"] == 2 and found["Car"]["n"] == wanted["Car"]["n"] and found["Car"]["3d"]["AP40"][2] > 0
+    for metric in ("bev", "3d", "bev loose", "3d loose"):
+        assert found["Car"][metric] == wanted["Car"][metric]
+    lines = eval_boxes.report(found)
+    assert "2 frames" in lines[0] and any(line.split()[:2] == ["Car", "3D"] for line in lines)
+    said = eval_boxes.draw(model, frames, C, CPU, tmp_path / "det3d.png")
+    assert "found" in said and (tmp_path / "det3d.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# -----------------------------------------------------------------------------
+# weights of others
+
+
+def norm_of(name, width):
+    sizes = {"weight": width, "bias": width, "running_mean": width, "running_var": width}
+    return {f"{name}.{k}": (n,) for k, n in sizes.items()} | {f"{name}.num_batches_tracked": ()}
+
+
+def mmdetection3ds_names():
+    """Name and shape of all tensors of the release's moca_r50_kitti.py: mmdetection3d 0.13's DynamicMVXFasterRCNN
+    with mmdet's ResNet-50 and FPN, mmcv's ConvModule, spconv 1.x's weights (kernel z, y, x, in, out).
+    """
+    shapes = {"img_backbone.conv1.weight": (64, 3, 7, 7)} | norm_of("img_backbone.bn1", 64)
+    cin = 64
+    for stage, (blocks, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512)), 1):
+        for i in range(blocks):
+            name = f"img_backbone.layer{stage}.{i}"
+            convs = ((cin, width, 1), (width, width, 3), (width, 4 * width, 1))
+            for j, (a, b, size) in enumerate(convs, 1):
+                shapes |= {f"{name}.conv{j}.weight": (b, a, size, size)} | norm_of(f"{name}.bn{j}", b)
+            if i == 0:
+                shapes |= {f"{name}.downsample.0.weight": (4 * width, cin, 1, 1)}
+                shapes |= norm_of(f"{name}.downsample.1", 4 * width)
+            cin = 4 * width
+    for i, width in enumerate((256, 512, 1024, 2048)):
+        for part, a, size in (("lateral_convs", width, 1), ("fpn_convs", 256, 3)):
+            name = f"img_neck.{part}.{i}.conv"
+            shapes |= {f"{name}.weight": (256, a, size, size), f"{name}.bias": (256,)}
+    for i, (a, b) in enumerate(((10, 64), (128, 64))):
+        name = f"pts_voxel_encoder.vfe_layers.{i}"
+        shapes |= {f"{name}.0.weight": (b, a)} | norm_of(f"{name}.1", b)
+    fusion = "pts_voxel_encoder.fusion_layer"
+    for i in range(5):
+        name = f"{fusion}.lateral_convs.{i}.conv"
+        shapes |= {f"{name}.weight": (128, 256, 3, 3), f"{name}.bias": (128,)}
+    for part, a in (("img_transform", 5 * 128), ("pts_transform", 64)):
+        shapes |= {f"{fusion}.{part}.0.weight": (128, a), f"{fusion}.{part}.0.bias": (128,)}
+        shapes |= norm_of(f"{fusion}.{part}.1", 128)
+    sparse = [("conv_input", 3, 3, 128, 16), ("encoder_layers.encoder_layer1.0", 3, 3, 16, 16)]
+    for stage, (a, b) in enumerate(((16, 32), (32, 64), (64, 64)), 2):
+        for j in range(3):
+            sparse.append((f"encoder_layers.encoder_layer{stage}.{j}", 3, 3, a if j == 0 else b, b))
+    for name, depth, side, a, b in (*sparse, ("conv_out", 3, 1, 64, 128)):
+        name = f"pts_middle_encoder.{name}"
+        shapes |= {f"{name}.0.weight": (depth, side, side, a, b)} | norm_of(f"{name}.1", b)
+    for i, (a, b) in enumerate(((256, 128), (128, 256))):
+        for j in range(6):  # each with a norm and a ReLU behind it
+            name = f"pts_backbone.blocks.{i}"
+            shapes |= {f"{name}.{3 * j}.weight": (b, a if j == 0 else b, 3, 3)} | norm_of(f"{name}.{3 * j + 1}", b)
+        size = i + 1
+        shapes |= {f"pts_neck.deblocks.{i}.0.weight": (b, 256, size, size)} | norm_of(f"pts_neck.deblocks.{i}.1", 256)
+    for name, outputs in (("conv_cls", 18), ("conv_reg", 42), ("conv_dir_cls", 12)):
+        shapes |= {f"pts_bbox_head.{name}.weight": (outputs, 512, 1, 1), f"pts_bbox_head.{name}.bias": (outputs,)}
+    return shapes
+
+
+CONFIG_TEXT = """
+img_norm_cfg = dict(
+    mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)
+"""
+
+
+def test_mmdetection3ds_checkpoints_load(tmp_path):
+    """A file with the names and shapes of the release's, whose text says BGR less a mean: all of it is taken, as it is
+    but for the first convolution, and nothing of ours is left as it was.
+    """
+    generator = torch.Generator().manual_seed(5)
+    shapes = mmdetection3ds_names()
+    tensors = {k: torch.rand(s, generator=generator) if s else torch.tensor(7) for k, s in shapes.items()}
+    torch.save({"meta": {"epoch": 40, "config": CONFIG_TEXT}, "state_dict": tensors}, tmp_path / "moca.pth")
+    model = build(Config())
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == shapes
+    assert len(model.anchors.flatten(0, 3)) == 211_200 and 33.7e6 < sum(p.numel() for p in model.parameters()) < 33.9e6
+    said = finetune_det3d.load_detector(model, tmp_path / "moca.pth", "auto")
+    assert f"{len(shapes)} tensors of a detector loaded, 0 left" in said and "BGR, 0..255 less the mean" in said
+    for name, value in model.state_dict().items():
+        expected = tensors[name]
+        if name == "img_backbone.conv1.weight":
+            expected = expected.flip(1) * 255 * torch.tensor(data.IMAGENET_STD).view(1, 3, 1, 1)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
+
+    for change, words in (
+        ({"pts_bbox_head.conv_cls.bias": torch.zeros(6)}, "pts_bbox_head.conv_cls.bias does not"),
+        ({"pts_middle_encoder.conv_out.0.weight": None}, "pts_middle_encoder.conv_out.0.weight does not"),
+    ):
+        torch.save({"state_dict": tensors | change}, tmp_path / "other.pth")
+        fit = f"other.pth: {len(shapes) - 1} of {len(shapes)} tensors fit, {words}; is it"
+        with pytest.raises(BadInput, match=fit):
+            finetune_det3d.load_detector(model, tmp_path / "other.pth", "auto")
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder, without=("data_ms", "step_ms", "samples_per_s")):
+    """The log without headers and times."""
+    return [{k: v for k, v in line.items() if k not in without} for line in read_log(folder) if "git" not in line]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def tensors(state):
+    """All tensors in nested dicts and lists."""
+    if torch.is_tensor(state):
+        return [state]
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [t for v in inside for t in tensors(v)]
+
+
+def test_demo_in_miniature(run_here, scenes, tmp_path):
+    arguments = ["demo", "--data-root", scenes, *SMALL, "--max-steps", 3, "--eval-every", 2]
+    status, said, err = run_here(finetune_det3d, *arguments)
+    assert status == 0, err
+    out = tmp_path / "out" / "det3d_demo"
+    *files, objects = sorted(p.name for p in out.iterdir())
+    assert files == ["curves.png", "det3d.png", "last.pt", "log.jsonl"] and objects.startswith("objects_")
+    assert all((out / picture).read_bytes()[:4] == b"\x89PNG" for picture in files[:2])
+    log = [line for line in read_log(out) if "lr" in line]
+    assert [line["step"] for line in log] == [1, 2, 3] and [line["epoch"] for line in log] == [0, 0, 0]
+    for line in log:
+        assert line["loss"] == pytest.approx(line["classes"] + line["boxes"] + line["direction"], rel=1e-3)
+        assert line["positives"] > 3 and line["grad_norm"] > 0
+        assert line["lr"] == pytest.approx([4e-3 * finetune_det3d.rate(line["step"] - 1, 3, 78)] * 2)
+    judged = [line for line in read_log(out) if "det3d" in line]
+    assert [line["step"] for line in judged] == [2, 3] and judged[1]["det3d"]["frames"] == 2
+    assert judged[1]["det3d"]["Car"].keys() == {"n", *eval_boxes.TITLES}
+    assert "6 frames, 2 held out" in said and "objects to paste" in said and "AP in percent" in said
+    assert "a step: 2 frames = 1 processes x 1 passes x 2 frames" in said and "det3d.png: Pedestrian" in said
+    saved = load(out / "last.pt")
+    assert saved["step"] == 3 and saved["script"] == "finetune_det3d.py" and len(saved["inventory"]) == 6
+
+    status, again, err = run_here(finetune_det3d, *arguments)  # a finished run judges again
+    assert status == 0 and again.splitlines()[-24:] == said.splitlines()[-24:], err
+    assert "keep_rows=1, not 2" in run_here(finetune_det3d, *arguments, "--keep-rows", 2)[2]
+
+
+def test_resumes_exactly(run_here, scenes, tmp_path, monkeypatch):
+    """Killed in step 3, after the checkpoint of step 2, it goes on to the same bits: objects pasted, images of changing
+    sizes, two passes a step.
+    """
+    arguments = ["demo", "--data-root", scenes, *SMALL, "--group", 1, "--max-steps", 4, "--save-every", 2]
+    arguments += ["--image-scale", 96, 32, 192, 64, "--image-optimizer", "sgd", "--eval-splits"]
+    status, _, err = run_here(finetune_det3d, *arguments, "--name", "whole")
+    assert status == 0, err
+    report = loop.Loop.report
+
+    def until_3(run, epoch, stats):
+        stats = report(run, epoch, stats)
+        if run.done == 3:
+            raise SystemExit(137)
+        return stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "report", until_3)
+        assert run_here(finetune_det3d, *arguments)[0] == 137
+    out, whole = tmp_path / "out" / "det3d_demo", tmp_path / "out" / "whole"
+    assert load(out / "last.pt")["step"] == 2 and steps_of(out)[-1]["step"] == 3
+    status, said, err = run_here(finetune_det3d, *arguments)
+    assert status == 0 and "steps 2 to 4" in said, err
+    assert steps_of(out) == steps_of(whole) and len(steps_of(out)) == 4
+    a, b = load(out / "last.pt"), load(whole / "last.pt")
+    for part in ("model", "optimizers"):
+        assert len(tensors(a[part])) == len(tensors(b[part])) > 100
+        assert all(torch.equal(one, other) for one, other in zip(tensors(a[part]), tensors(b[part])))
+
+
+def gradients(folder):
+    """Of a run's first step: AdamW's first moments are a twentieth of them."""
+    optimizers = load(folder / "last.pt")["optimizers"]
+    return torch.cat([state["exp_avg"].flatten() / 0.05 for o in optimizers for state in o["state"].values()])
+
+
+def test_two_processes_make_the_step_of_one_and_judge_its_checkpoint(by_heart, run_script, run_here, scenes, tmp_path):
+    """The same groups, so the same gradients but for rounding; and one table, of all frames: what last.pt has alone."""
+    torch.save({"model": by_heart[0].state_dict()}, tmp_path / "heart.pt")
+    arguments = ["demo", "--data-root", scenes, *SMALL, "--batch-size", 4, "--group", 2, "--max-steps", 1]
+    arguments += ["--load", "heart.pt", "--lr", 1e-9, "--image-lr", 1e-9, "--clip", 0]
+    done = run_script("finetune_det3d.py", *arguments, "--name", "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "a step: 4 frames = 2 processes x 1 passes x 2 frames" in done.stdout
+    assert "tensors of a detector loaded, 0 left" in done.stdout and done.stdout.count("KITTI object on 2 frames") == 1
+    status, _, err = run_here(finetune_det3d, *arguments, "--name", "one", "--eval-splits")
+    assert status == 0, err
+    one, two = (gradients(tmp_path / "out" / name) for name in ("one", "two"))
+    assert one.norm() > 0.1 and (one - two).norm() < 1e-3 * one.norm()
+
+    model = build(C)
+    model.load_state_dict(load(tmp_path / "out" / "two" / "last.pt")["model"])
+    logged = next(line["det3d"] for line in read_log(tmp_path / "out" / "two") if "det3d" in line)
+    assert logged == eval_boxes.judge(model, by_heart[2], C, runtime.Run(CPU, 0, 1))
+    assert logged["Car"]["3d loose"]["AP40"][2] > 0
+
+
+def test_without_a_class_and_without_any_label(run_here, scenes, tmp_path):
+    """No pedestrian anywhere, then nothing: it trains, and the table has dashes. A share of the frames, fewer rows."""
+    shutil.copytree(scenes, tmp_path / "scenes")
+    labels = list((tmp_path / "scenes" / "training" / "label_2").iterdir())
+    arguments = ["demo", "--data-root", tmp_path / "scenes", *SMALL, "--max-steps", 1]
+    for what, name in (("Pedestrian", "some"), ("", "none")):
+        for label in labels:
+            lines = label.read_text().splitlines(keepends=True)
+            label.write_text("".join(line for line in lines if not line.startswith(what)))
+        status, said, err = run_here(finetune_det3d, *arguments, "--name", name, "--labels", 0.5, "--keep-rows", 2)
+        assert status == 0 and "3 frames, 2 held out" in said, err
+        rows = {" ".join(line.split()[:-9]): line.split()[-9:] for line in said.splitlines() if " 3D " in line}
+        assert rows["Pedestrian 3D"] == ["0"] * 3 + ["-"] * 6
+        assert (rows["Car 3D"] == rows["Pedestrian 3D"]) == (name == "none")
+        first = steps_of(tmp_path / "out" / name)[0]
+        assert np.isfinite(first["loss"]) and (first["positives"] == 0) == (name == "none")
+
+
+WRONG = {
+    "another encoder": (["--init", "ENCODER"], "; is this the image encoder of --image-encoder?"),
+    "no detector": (["--load", "ENCODER"], " tensors fit, img_backbone.conv1.weight does not; is it a detector of"),
+    "no file": (["--load", "nowhere.pt"], "nowhere.pt: no such file"),
+    "init without image": (["--no-image", "--init", "ENCODER"], "--init: with --no-image there is no image encoder"),
+    "init and load": (["--load", "a.pt", "--init", "b.pt"], "--init: the file of --load has an image encoder, too"),
+    "raw drive": (["--data-root", "RAW"], ".png: of a raw drive, which has no labels; detection wants KITTI's object"),
+    "seen": (["--eval-splits", "trainval"], "--eval-splits trainval: 6 of its frames are trained on, training/00000"),
+    "few frames": (["--batch-size", 8, "--group", 8], "--batch-size 8: the 6 frames found are too few"),
+    "broken label": (["--data-root", "BROKEN"], "000002.txt: line 3 is no label (a type and 14 numbers)"),
+    "no label": (["--data-root", "LACKING"], "000004.txt: missing; it holds the boxes of frame training/000004"),
+    "range": (["--point-range", 0, -9.6, -3, 19.3, 9.6, 1], "--point-range 0.0 -9.6 -3.0 19.3 9.6 1.0: must be whole"),
+    "height": (["--voxel", 0.1, 0.1, 0.2], "1.0: must be whole voxels, sixteens of them in x and y, 24 or more in z"),
+    "sixteens": (["--point-range", 0, -9.6, -3, 20, 9.6, 1], "must be whole voxels, sixteens of them in x and y"),
+    "enlarged": (["--upsample", 2, 2], "--upsample 2 2: the second must be twice the first"),
+    "sizes": (["--image-scale", 320, 96, 640], "--image-scale 320 96 640: two numbers (width height) or four"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_one_line_and_leaves_no_trace(run_here, scenes, raw_drive, tmp_path, what):
+    arguments, words = WRONG[what]
+    places = {"ENCODER": tmp_path / "resnet34.pt", "RAW": raw_drive}
+    if "ENCODER" in arguments:
+        torch.save(encoders.build_image_encoder("resnet34").state_dict(), places["ENCODER"])
+    for place, name, text in (("BROKEN", "000002.txt", "\n\nCar 0 0\n"), ("LACKING", "000004.txt", None)):
+        if place in arguments:
+            places[place] = shutil.copytree(scenes, tmp_path / place)
+            label = places[place] / "training" / "label_2" / name
+            label.write_text(text) if text else label.unlink()
+    arguments = [places.get(a, a) for a in arguments]
+    status, out, err = run_here(finetune_det3d, "demo", "--data-root", scenes, *SMALL, "--max-steps", 3, *arguments)
+    assert status == 1 and not out and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_frames(run_here, kitti, tmp_path):
+    """The full grid, all points, objects of other days pasted; for the time's sake fewer layers and smaller images."""
+    arguments = ["kitti", "--data-root", kitti.resolve(), "--max-steps", 2, "--batch-size", 2, "--group", 2]
+    arguments += ["--image-encoder", "resnet18", "--image-scale", 320, 96, "--second-layers", 1, "--eval-frames", 1]
+    status, said, err = run_here(finetune_det3d, *arguments, "--workers", 0, "--log-every", 1)
+    assert status == 0 and "22 frames, 1 held out" in said, err
+    log = steps_of(tmp_path / "out" / "det3d_kitti")
+    assert [line["step"] for line in log] == [1, 2, 2]
+    assert all(np.isfinite(line["loss"]) and line["positives"] > 5 for line in log[:2])
+    assert log[0]["lr"] == pytest.approx([3e-4, 5e-4])
