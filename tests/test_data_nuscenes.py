@@ -324,14 +324,13 @@ def test_real_velocities_are_the_devkits(real):
     np.testing.assert_array_equal(labels.velocity, expected)
 
 
-def test_velocity_needs_a_neighbour_in_time(copy):
-    rewrite(copy, "sample", lambda rows: rows[0].update(timestamp=rows[0]["timestamp"] - 2_600_000))
-    devkit = Devkit(copy)
-    tables = data_nuscenes.open_tables(copy, "v1.0-mini")
-    tokens = [row["token"] for row in devkit.rows["sample_annotation"]]
-    expected = np.array([devkit.velocity(token) for token in tokens])
-    lost = np.isnan(expected).any(1)
-    assert lost[:10].all() and not lost[10:].any()  # of the first two samples: 3.1 and 3.6 seconds
+@pytest.mark.parametrize(("seconds", "lost"), [(0.9, 0), (1.5, 5), (2.6, 10)])
+def test_velocity_needs_a_neighbour_in_time(copy, seconds, lost):
+    """1.5 seconds to one neighbour, 3 between both: five objects each of the first samples lose theirs."""
+    rewrite(copy, "sample", lambda rows: rows[0].update(timestamp=rows[0]["timestamp"] - round(1e6 * seconds)))
+    devkit, tables = Devkit(copy), data_nuscenes.open_tables(copy, "v1.0-mini")
+    expected = np.array([devkit.velocity(row["token"]) for row in devkit.rows["sample_annotation"]])
+    assert np.isnan(expected).any(1).tolist() == [True] * lost + [False] * (len(expected) - lost)
     np.testing.assert_array_equal(tables.labels.velocity, expected)
 
 
