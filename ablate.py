@@ -15,6 +15,11 @@ are). No run and no step is picked. `random` is the untrained network. --gather-
 groups of 8 ask the same question.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import os
 import re

@@ -19,6 +19,11 @@ ones. So it is never shown without its baselines, and differences under .03 are 
 The figures themselves are functions of eval_match.py, eval_depth.py and eval_boxes.py.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import functools
 import os

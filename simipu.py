@@ -32,6 +32,11 @@ A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torc
 pairs.png.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -213,6 +218,8 @@ class Config:
     """Steps between lines of log.jsonl."""
     save_every: int = 200
     """Steps between checkpoints. The last step and a polite kill save too."""
+    keep_every: int = 0
+    """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
 
 
 PRESETS = {
@@ -243,7 +250,7 @@ PRESETS = {
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
-FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
@@ -554,7 +561,7 @@ def check_config(c, world):
     )
     runtime.check_range(c, "point_hidden image_hidden embed_dim", 1, 1e6, "1 or more")
     runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e6, "above 0")
-    runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames", 0, 1e9, "0 or more")
+    runtime.check_range(c, "seed workers max_steps eval_every keep_every synthetic_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "intra_weight inter_weight translation", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "lr_decay", 1e-6, 1, "above 0, and 1 or less")
@@ -575,7 +582,9 @@ def train(c):
     group, accumulate, a_step = check_config(c, run.world)
 
     # ============ networks and optimisers ============
-    model = SimIPU(c).to(run.device, memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
+    model = SimIPU(c).to(run.device)
+    if c.inter_weight:
+        model.img_backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
     notes = [weights.load_image_encoder(model.img_backbone, c.init, c.init_pixels)] if c.init else []
     notes += [weights.load_point_encoder(model.pts_backbone, c.init_points)] if c.init_points else []
     if c.inter_weight and run.device.type == "cuda" and run.world > 1:
@@ -596,6 +605,9 @@ def train(c):
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
+    if c.gather_negatives:
+        identity["processes"] = run.world
+        notes += ["note: --gather-negatives: with one process there are no others"] if run.world == 1 else []
     # on every rank: recalibrating batch norm talks to the others
     judgement = (lambda: eval_match.match(model, held_out, c, run.device)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "match", judgement)
