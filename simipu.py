@@ -20,6 +20,11 @@ KITTI raw drives, one or many:
 
     torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
 
+nuScenes, six cameras, and its ten scenes of v1.0-mini:
+
+    torchrun --standalone simipu.py nuscenes --data-root data/nuscenes
+    torchrun --standalone simipu.py nuscenes --data-root data/nuscenes --splits mini_train --eval-splits mini_val
+
 Resume: the same command again. It goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag:
 `python simipu.py kitti --help`.
 
@@ -49,6 +54,7 @@ from torch import nn
 
 import data
 import data_kitti
+import data_nuscenes
 import encoders
 import eval_match
 import ops_triton as ops
@@ -66,12 +72,18 @@ class Config:
     """Everything a run depends on. Defaults are the paper's; where it is silent, the official release's."""
 
     # ---- data ----
+    dataset: Literal["kitti", "nuscenes"] = "kitti"
+    """Whose layout data_root is in: KITTI's, object or raw, or nuScenes'."""
     data_root: tuple[str, ...] = ("data/kitti",)
-    """Folder in KITTI's object or raw layout; several folders are pooled."""
+    """Folder in that layout; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. The paper pre-trains on train
-    and test, and keeps val unseen.
+    and test, and keeps val unseen. Of nuScenes: train, val, test, mini_train, mini_val.
     """
+    cameras: tuple[str, ...] = data_nuscenes.CAMERAS
+    """Of nuScenes: which cameras. Each makes a frame of every sweep."""
+    version: str = "auto"
+    """Of nuScenes: the folder of tables, such as v1.0-mini. auto: the one that a split is of."""
     eval_splits: tuple[str, ...] = ()
     """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than
     another frame's? () for none.
@@ -165,6 +177,8 @@ class Config:
     candidates in the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated; a batch_size
     of less than this for each GPU makes groups smaller, and says so.
     """
+    same_sweep: bool = False
+    """Let a forward pass hold frames of one sweep, which cameras side by side both see."""
     epochs: int = 100
     """Paper: 50 to 100."""
     max_steps: int = 0
@@ -224,11 +238,20 @@ PRESETS = {
         "KITTI raw drives.",
         Config(data_root=("data/kitti_raw",), splits=(), frame_stride=10, name="kitti_raw"),
     ),
+    "nuscenes": (
+        "nuScenes keyframes. A camera sees some 2500 points of its sweep: half as many places, twice as many clouds.",
+        Config(
+            name="nuscenes", dataset="nuscenes", data_root=("data/nuscenes",), splits=("train",), eval_splits=("val",),
+            num_points=2048, image_scale=(512, 288, 1600, 900), places=512, group=8,
+            epochs=10, lr_decay=0.95, eval_every=1000,
+        ),
+    ),
 }  # fmt: skip
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
 FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
 # -----------------------------------------------------------------------------
@@ -491,22 +514,34 @@ def build_optimizers(model, c):
 # training
 
 
+def pool_frames(c, roots, splits, flag="--splits", named=True):
+    """Frames of the config's data set, and notes to print. Raises BadInput as the data set's own function does."""
+    if c.dataset == "nuscenes":
+        rules = c.cameras, c.version, c.frame_stride, c.skip_missing
+        return data_nuscenes.pool_frames(roots, splits, *rules, flag)
+    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, flag, named)
+
+
 def find_frames(c, roots, splits, named=False):
-    """Frames to judge on, as data_kitti.pool_frames finds them."""
-    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, named=named)[0]
+    """Frames to judge on, as pool_frames finds them."""
+    return pool_frames(c, roots, splits, named=named)[0]
 
 
 def load_frames(c, run):
     """-> frames to train on; frames of --eval-splits, none of them trained on; notes to print, as one text, or None.
 
-    Raises BadInput as data_kitti.pool_frames does, for held-out frames that are trained on, and for fewer than two.
+    Raises BadInput as pool_frames does, for held-out frames that are trained on, and for fewer than two.
     """
     synthetic.write_scenes(c, run)
-    frames, notes = data_kitti.pool_frames(c.data_root, c.splits, c.frame_stride, c.skip_missing)
+    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
+        if run.main:
+            pool_frames(c, c.data_root, c.splits)
+        run.any(False)
+    frames, notes = pool_frames(c, c.data_root, c.splits)
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
     roots, flag = c.eval_root or c.data_root, "--eval-splits"
-    held_out, more = data_kitti.pool_frames(roots, c.eval_splits, c.frame_stride, c.skip_missing, flag)
+    held_out, more = pool_frames(c, roots, c.eval_splits, flag)
     notes += [note for note in more if note not in notes]
     held_out = data.evenly_spread(held_out, c.eval_frames)
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
@@ -576,7 +611,8 @@ def train(c):
     # on every rank: recalibrating batch norm talks to the others
     judgement = (lambda: eval_match.match(model, held_out, c, run.device)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "match", judgement)
-    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
+    sweeps = None if c.same_sweep else data.sweeps_of(frames)
+    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps, sweeps)
     loaded = stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
 
     def next_batch(step):
