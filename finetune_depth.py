@@ -340,7 +340,7 @@ def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every frame_stride", 1, 1e9, "1 or more")
-    runtime.check_range(c, "lr max_depth min_depth labels", 1e-30, 1e6, "above 0")
+    runtime.check_range(c, "lr max_depth min_depth labels", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "image_scale", 1e-3, 8, "above 0, and 8 or less")
     runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e3, "above 0, the smaller first", rising=True)
     runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames crop", 0, 1e9, "0 or more")

@@ -612,7 +612,7 @@ def check_config(c, world):
     split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every keep_rows second_layers", 1, 1e9, "1 or more")
     runtime.check_range(c, "fpn fusion vfe sparse second neck upsample", 1, 4096, "from 1 to 4096")
-    runtime.check_range(c, "lr image_lr labels", 1e-30, 1e6, "above 0")
+    runtime.check_range(c, "lr image_lr labels", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "seed workers max_steps eval_every keep_every eval_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "max_points warm_up clip translation synthetic_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")

@@ -560,7 +560,7 @@ def check_config(c, world):
         c, "places num_points epochs log_every save_every frame_stride eval_frames", 1, 1e9, "1 or more"
     )
     runtime.check_range(c, "point_hidden image_hidden embed_dim", 1, 1e6, "1 or more")
-    runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e6, "above 0")
+    runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "seed workers max_steps eval_every keep_every synthetic_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "intra_weight inter_weight translation", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
