@@ -589,9 +589,8 @@ def train(c):
     notes += [weights.load_point_encoder(model.pts_backbone, c.init_points)] if c.init_points else []
     if c.inter_weight and run.device.type == "cuda" and run.world > 1:
         alone = encoders.share_batch_norm(model.img_backbone)
-        notes += (
-            [f"note: {alone} batch norms of {c.image_encoder} take their statistics on each GPU alone"] if alone else []
-        )
+        if alone:
+            notes.append(f"note: {alone} batch norms of {c.image_encoder} take their statistics on each GPU alone")
     optimizers = build_optimizers(model, c)
     if c.compile:
         model.img_backbone.compile(dynamic=True)
