@@ -3,15 +3,22 @@
     python ablate.py --seeds 0 1 2 --jobs 2                                     # on the demo's built-in scenes
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
     python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25     # of what use is the start?
+    python ablate.py --task det3d --inits no-image none out/demo/backbone.pt --labels 1 # the same for detection
 
-Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth. Every
-run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in out/NAME/VARIANT/SEED. It is left alone if
-it has been finished before with the same flags, so a table that was interrupted goes on where it stopped.
+Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth,
+finetune_det3d.py for det3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in
+out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a table that was
+interrupted goes on where it stopped.
 
 The table, in Markdown, has the mean over seeds, and their range, of the last step's figures (eval.py says what they
 are). No run and no step is picked. `random` is the untrained network. --gather-negatives needs several processes;
 groups of 8 ask the same question.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
 import os
@@ -31,6 +38,7 @@ from tqdm import tqdm
 
 import eval_match
 import finetune_depth
+import finetune_det3d
 import runtime
 import simipu
 from files import BadInput, read_log
@@ -93,6 +101,19 @@ TASKS = {
             "log10, %": ("eigen.log10", 100, 1),
         },
     ),
+    "det3d": Task(
+        finetune_det3d,
+        "det3d",
+        {  # all moderate; loose: an overlap of .5 for cars, .25 for people
+            "Car 3D": ("Car.3d.AP40.1", 1, 1),
+            "Car 3D, loose": ("Car.3d loose.AP40.1", 1, 1),
+            "Pedestrian 3D, loose": ("Pedestrian.3d loose.AP40.1", 1, 1),
+            "Cyclist 3D, loose": ("Cyclist.3d loose.AP40.1", 1, 1),
+            "objects: cars": ("Car.n.1", 1, 0),
+            "pedestrians": ("Pedestrian.n.1", 1, 0),
+            "cyclists": ("Cyclist.n.1", 1, 0),
+        },
+    ),
 }
 
 
@@ -102,8 +123,8 @@ class Options:
     to the task's script.
     """
 
-    task: Literal["match", "depth"] = "match"
-    """match: pre-training, judged by matching. depth: fine-tuning, judged by depth metrics."""
+    task: Literal["match", "depth", "det3d"] = "match"
+    """match: pre-training, judged by matching. depth and det3d: fine-tuning, judged by the metrics of the task."""
     preset: str = "demo"
     """Of the task's script."""
     name: str = "ablation"
@@ -115,11 +136,11 @@ class Options:
     only: tuple[str, ...] = ()
     """Of match: names of variants; () for all of them."""
     inits: tuple[str, ...] = ("none", "out/demo/backbone.pt")
-    """Of depth: weights that the image encoder starts from. {seed} stands for the seed. A finished run is known by this
-    path, not by what lies there.
+    """Of depth and det3d: weights that the image encoder starts from. {seed} stands for the seed. A finished run is
+    known by this path, not by what lies there. no-image, of det3d: points alone.
     """
     labels: tuple[float, ...] = (1.0, 0.25)
-    """Of depth: shares of the training pairs."""
+    """Of depth and det3d: shares of the training frames."""
 
 
 # -----------------------------------------------------------------------------
@@ -138,13 +159,14 @@ def check_options(options):
 
 def variants_of(options):
     """{name: flags}. Raises BadInput for unknown names."""
-    if options.task == "depth":
+    if options.task != "match":
         if options.only:
-            raise BadInput("--only: of --task match; --inits and --labels say what is run for depth")
+            raise BadInput("--only: of --task match; --inits and --labels say what is run for the others")
         variants = {}
         for share in options.labels:
             for init in options.inits:
-                variants[f"{init}, {share:g} of labels"] = f"--init {shlex.quote(init)} --labels {share:g}"
+                start = "--no-image" if init == "no-image" else f"--init {shlex.quote(init)}"
+                variants[f"{init}, {share:g} of labels"] = f"{start} --labels {share:g}"
         return variants
     unknown = set(options.only) - VARIANTS.keys()
     if unknown:
@@ -315,9 +337,12 @@ def cell(values, factor=1.0, decimals=1):
 
 
 def figure(found, name):
-    """Of a judgement, a dict of figures or of dicts of them; None where there is none."""
+    """Of a judgement, a dict of figures, of lists and of dicts of them; None where there is none."""
     for part in name.split("."):
-        found = (found or {}).get(part)
+        if isinstance(found, list):
+            found = found[int(part)]
+        else:
+            found = (found or {}).get(part)
     return found
 
 

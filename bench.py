@@ -33,6 +33,11 @@ code: they round once where torch rounds twice, and the sampling kernels' promis
 without them.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import copy
 import functools

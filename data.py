@@ -201,9 +201,10 @@ def read_image(path):
         return np.asarray(image.convert("RGB"))
 
 
-def read_cloud(path, columns=4):
+def read_cloud(path, columns=4, full_scale=1.0):
     """float32 (N, 4): x, y, z in metres, reflectance in [0, 1]. columns: float32 numbers of a point in the file.
 
+    full_scale: what the file has for a reflectance of 1.
     Raises BadInput for a file that cannot be that, and says what it looks like instead.
     """
     try:
@@ -216,6 +217,7 @@ def read_cloud(path, columns=4):
     bad = (~np.isfinite(points)).any(1).sum()
     if bad:
         raise BadInput(f"{path}: {bad} of {len(points)} points are NaN or infinite{hint(raw, columns)}")
+    points[:, 3] /= full_scale
     low, high = points[:, 3].min(), points[:, 3].max()
     if low < 0 or high > 1:
         question = "; is it float64, or of 3 or 5 columns?"
@@ -377,12 +379,15 @@ class Batches:
     one forward pass holds, and what the losses take their negatives from. Group g of a step goes to rank g % world as
     its (g // world)-th micro-batch, so the groups are the same on one GPU as on eight. An incomplete last batch is
     dropped.
+
+    sweeps (num_frames,): numbers of `sweeps_of`. No group holds two frames of one sweep then: their places would be one
+    another's negatives. Raises BadInput, on the first batch, where there are too few sweeps for that.
     """
 
-    def __init__(self, num_frames, batch_size, group, seed, rank=0, world=1, start=0, steps=0):
+    def __init__(self, num_frames, batch_size, group, seed, rank=0, world=1, start=0, steps=0, sweeps=None):
         self.steps_per_epoch = num_frames // batch_size
         self.num_frames, self.batch_size, self.group, self.seed = num_frames, batch_size, group, seed
-        self.rank, self.world, self.start, self.steps = rank, world, start, steps
+        self.rank, self.world, self.start, self.steps, self.sweeps = rank, world, start, steps, sweeps
 
     def __len__(self):
         return (self.steps - self.start) * self.batch_size // (self.group * self.world)
@@ -392,9 +397,52 @@ class Batches:
             epoch, position = divmod(step, self.steps_per_epoch)
             if position == 0 or step == self.start:
                 order = np.random.default_rng([ORDER, self.seed, epoch]).permutation(self.num_frames)
+                if self.sweeps is not None:
+                    part_sweeps(order, self.sweeps, self.group, self.steps_per_epoch * self.batch_size)
             batch = order[position * self.batch_size :][: self.batch_size].reshape(-1, self.world, self.group)
             for micro in batch[:, self.rank]:
                 yield [(epoch, int(i)) for i in micro]
+
+
+def sweeps_of(frames):
+    """A number (n,) for each frame, equal for those of one cloud."""
+    numbers = {}
+    return np.array([numbers.setdefault(str(f.cloud), len(numbers)) for f in frames])
+
+
+def part_sweeps(order, sweeps, group, used):
+    """Swap frames of an order, in place, until none of its groups has two of one sweep. An order that has no such group
+    stays as it is.
+
+    order (n,) frames, of which the first `used` are cut into groups; sweeps (n,) of the frames. While there are groups
+    at fault, some swap mends one if any order is without fault. Raises BadInput if not.
+    """
+    while True:
+        grid = np.sort(sweeps[order[:used]].reshape(-1, group), 1)
+        at_fault = np.flatnonzero((grid[:, 1:] == grid[:, :-1]).any(1))
+        if not len(at_fault):
+            return
+        if not sum(swap_out(order, sweeps, group, used, g) for g in at_fault):
+            few = f"{len(np.unique(sweeps))} sweeps are too few for groups without two frames of one"
+            raise BadInput(f"--group {group}: {few}; --same-sweep allows them")
+
+
+def swap_out(order, sweeps, group, used, g):
+    """Swap each frame whose sweep group g has once already for the next, around the end, whose sweep it lacks, and
+    whose own group lacks that of the first. -> how many were swapped.
+    """
+    places, swapped = np.arange(len(order)), 0
+    for place in range(g * group, (g + 1) * group):
+        sweep_at = sweeps[order]
+        own = sweep_at[g * group : (g + 1) * group]
+        if (sweep_at[g * group : place] == sweep_at[place]).any():
+            has_it = np.unique(places[:used][sweep_at[:used] == sweep_at[place]] // group)
+            free = np.flatnonzero(~np.isin(places // group, has_it) & ~np.isin(sweep_at, own))
+            if len(free):
+                other = free[np.searchsorted(free, place) % len(free)]
+                order[[place, other]] = order[[other, place]]
+                swapped += 1
+    return swapped
 
 
 class PretrainFrames(torch.utils.data.Dataset):

@@ -52,6 +52,11 @@ of 8 frames with the true calibration none was called wrong, of 5 at most 3 % ("
 than 8 are not judged.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -250,7 +255,9 @@ def examine_all(jobs, workers, title):
     # fork, where there is such a thing: it starts at once, and does not import torch again
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("fork" if hasattr(os, "fork") else None))
     try:
-        return list(bar(pool.map(examine, jobs, chunksize=4)))
+        with runtime.blocked(signal.SIGINT):
+            found = pool.map(examine, jobs, chunksize=4)
+        return list(bar(found))
     finally:
         pool.shutdown(cancel_futures=True)
 

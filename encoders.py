@@ -169,6 +169,39 @@ def cells(encoder, uv, at=-1):
 
 
 # -----------------------------------------------------------------------------
+# feature pyramid, with the names of mmcv and mmdetection
+
+
+class ConvModule(nn.Module):
+    """A 2D convolution with bias, named as mmcv's."""
+
+    def __init__(self, cin, cout, size):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, size, padding=size // 2)
+        nn.init.xavier_uniform_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class FPN(nn.Module):
+    """Feature pyramid (Lin et al. 2017): maps of strides 4 to 32 -> five maps of one width, the last of stride 64."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(ConvModule(cin, width, 1) for cin in channels)
+        self.fpn_convs = nn.ModuleList(ConvModule(width, width, 3) for _ in channels)
+
+    def forward(self, maps):
+        x = [conv(m) for conv, m in zip(self.lateral_convs, maps)]
+        for i in range(len(x) - 1, 0, -1):
+            x[i - 1] = x[i - 1] + F.interpolate(x[i], x[i - 1].shape[2:], mode="nearest")
+        x = [conv(m) for conv, m in zip(self.fpn_convs, x)]
+        return [*x, F.max_pool2d(x[-1], 1, 2)]
+
+
+# -----------------------------------------------------------------------------
 # batch norm of image encoders over several GPUs
 
 

@@ -19,6 +19,11 @@ ones. So it is never shown without its baselines, and differences under .03 are 
 The figures themselves are functions of eval_match.py, eval_depth.py and eval_boxes.py.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import functools
 import os
@@ -106,8 +111,9 @@ def choose_frames(c, data_root, splits, limit, frame_stride):
     """
     if not (data_root or splits or c.eval_root or c.eval_splits):
         raise BadInput("--data-root, --splits: the run has no --eval-splits, so say which frames to judge on")
-    roots, splits = data_root or c.eval_root or c.data_root, splits or c.eval_splits
-    frames = simipu.find_frames(dataclasses.replace(c, frame_stride=frame_stride), roots, splits)
+    roots, named = data_root or c.eval_root or c.data_root, bool(splits)
+    strided = dataclasses.replace(c, frame_stride=frame_stride)
+    frames = simipu.find_frames(strided, roots, splits or c.eval_splits, named)
     frames = data.evenly_spread(frames, limit or c.eval_frames)
     if len(frames) < 2:
         where = f"--data-root {' '.join(map(str, roots))}"
@@ -258,12 +264,9 @@ def probe(
 
 
 def contents_of_run(path):
-    """Contents of a last.pt, {} of other weights."""
-    try:
-        saved = read_checkpoint(path)
-    except BadInput:  # of another kind, which weights.py can read
-        return {}
-    return saved if isinstance(saved, dict) else {}
+    """Contents of a last.pt, {} of other weights. Raises BadInput for what cannot be read."""
+    saved = read_checkpoint(path)
+    return saved if isinstance(saved, dict) and "inventory" in saved else {}
 
 
 # -----------------------------------------------------------------------------
@@ -359,7 +362,7 @@ def frames_to_show(c, data_root, split):
         roots = [data_root]
     if split:
         splits = [split]
-    return simipu.find_frames(c, roots, splits)
+    return simipu.find_frames(c, roots, splits, named=bool(split))
 
 
 def augmented_frame(frames, index, c, seed, device):
@@ -436,6 +439,7 @@ def depth(
         splits or c.eval_splits,
         frame_stride or c.frame_stride,
         skip_missing or c.skip_missing,
+        named=bool(splits),
     )
     limit = c.eval_frames if frames is None else frames
     pairs = data.evenly_spread(pairs, limit or len(pairs))

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, files that are whole or absent, the ways to find and to read them, anybody's checkpoints.
+"""Errors that a user can mend, files that are whole or absent, the ways to find and read them, anybody's checkpoints.
 
 This module imports none of the others.
 """
@@ -23,6 +23,7 @@ import torch
 
 IMAGES = (".jpg", ".jpeg", ".png")  # in any case; where a picture is there twice, the first of these is taken
 LONGEST_WORD = 1000  # characters in a list, a calibration or a label: what is longer is none of them
+TEMPORARY = re.compile(r".+\.(\d{1,9})\.tmp(\.\w+)?")  # the name that `writing` gives to a file before it is whole
 
 
 class BadInput(ValueError):
@@ -42,10 +43,11 @@ def disk_errors(path):
 def writing(path):
     """A file that appears whole or not at all. -> the path to write to instead, which takes its place at the end.
 
-    Raises BadInput as `disk_errors` does.
+    That path holds the number of the process, so that two processes which write the same file cannot mix what they
+    write. Raises BadInput as `disk_errors` does.
     """
     path = Path(path)
-    temporary = path.with_suffix(f".tmp{path.suffix}")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp{path.suffix}")
     try:
         with disk_errors(path):
             yield temporary
@@ -55,13 +57,36 @@ def writing(path):
             temporary.unlink()
 
 
+def remove_stale(folder):
+    """Remove what `writing` has left half-done in a folder, of processes that no longer live on this machine."""
+    for path in folder.iterdir():
+        match = TEMPORARY.fullmatch(path.name)
+        if match and not lives(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def lives(pid):
+    """Is there such a process on this machine?"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 def save_atomically(obj, path):
     """torch.save. A reader, or a run killed at any moment or on a full disk, sees the old file or the new one."""
     with writing(path) as temporary, temporary.open("wb") as f:
         try:
             torch.save(obj, f)
-        except RuntimeError as e:  # says nothing of a full disk itself
-            raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
+        except RuntimeError as e:
+            if isinstance(e.__context__, OSError):  # a full disk, of which torch itself says nothing
+                raise e.__context__ from None
+            raise
+        f.flush()
+        os.fsync(f.fileno())  # some disks say only now that they are full
 
 
 # -----------------------------------------------------------------------------

@@ -21,6 +21,11 @@ logs of KITTI and NYU are the published rows: ResNet-50, the decoder of DenseDep
 (Eigen et al. 2014, weighted as in AdaBins), AdamW in one cycle.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import math
 from dataclasses import dataclass
@@ -156,6 +161,8 @@ class Config:
     """Steps between lines of log.jsonl."""
     save_every: int = 500
     """Steps between checkpoints. The last step and a polite kill save too."""
+    keep_every: int = 0
+    """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
 
 
 PRESETS = {
@@ -204,6 +211,7 @@ FREE = {
     "compile",
     "log_every",
     "save_every",
+    "keep_every",
     "init",
 }
 FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
@@ -332,10 +340,11 @@ def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every frame_stride", 1, 1e9, "1 or more")
-    runtime.check_range(c, "lr max_depth min_depth labels", 1e-30, 1e6, "above 0")
+    runtime.check_range(c, "lr max_depth min_depth labels", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "image_scale", 1e-3, 8, "above 0, and 8 or less")
     runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e3, "above 0, the smaller first", rising=True)
     runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames crop", 0, 1e9, "0 or more")
+    runtime.check_range(c, "keep_every", 0, 1e9, "0 or more")
     runtime.check_range(c, "weight_decay clip decoder_width", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "labels rotation_p flip colour_p", 0, 1, "from 0 to 1")

@@ -17,6 +17,11 @@ their pixels, voxels, a sparse encoder (SECOND, Yan et al. 2018), a head on anch
 are mmdetection3d's, so that the official checkpoints load (`--load`).
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import math
 import os
@@ -164,6 +169,8 @@ class Config:
     """Steps between lines of log.jsonl."""
     save_every: int = 500
     """Steps between checkpoints. The last step and a polite kill save too."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept, as step_N.pt beside last.pt. 0: none."""
 
 
 PRESETS = {
@@ -197,40 +204,11 @@ MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.1, 100, 0.01, 50  # of a predi
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "name", "out", "device", "log_every", "save_every", "init", "load"}
-FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 # -----------------------------------------------------------------------------
 # network. Names of parts and parameters are mmdetection3d's
-
-
-class ConvModule(nn.Module):
-    """A 2D convolution with bias, named as mmcv's."""
-
-    def __init__(self, cin, cout, size):
-        super().__init__()
-        self.conv = nn.Conv2d(cin, cout, size, padding=size // 2)
-        nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class FPN(nn.Module):
-    """Feature pyramid (Lin et al. 2017): maps of strides 4 to 32 -> five maps of one width, the last of stride 64."""
-
-    def __init__(self, channels, width):
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(ConvModule(cin, width, 1) for cin in channels)
-        self.fpn_convs = nn.ModuleList(ConvModule(width, width, 3) for _ in channels)
-
-    def forward(self, maps):
-        x = [conv(m) for conv, m in zip(self.lateral_convs, maps)]
-        for i in range(len(x) - 1, 0, -1):
-            x[i - 1] = x[i - 1] + F.interpolate(x[i], x[i - 1].shape[2:], mode="nearest")
-        x = [conv(m) for conv, m in zip(self.fpn_convs, x)]
-        return [*x, F.max_pool2d(x[-1], 1, 2)]
 
 
 def point_norm(c, width):
@@ -245,7 +223,7 @@ class PointFusion(nn.Module):
     def __init__(self, c, levels):
         super().__init__()
         if levels:
-            self.lateral_convs = nn.ModuleList(ConvModule(c.fpn, c.fusion, 3) for _ in range(levels))
+            self.lateral_convs = nn.ModuleList(encoders.ConvModule(c.fpn, c.fusion, 3) for _ in range(levels))
             self.img_transform = nn.Sequential(nn.Linear(levels * c.fusion, c.fusion), point_norm(c, c.fusion))
         self.pts_transform = nn.Sequential(nn.Linear(c.vfe, c.fusion), point_norm(c, c.fusion))
         for part in self.modules():
@@ -391,7 +369,7 @@ class Detector(nn.Module):
             self.img_backbone = encoders.build_image_encoder(c.image_encoder)
             if len(self.img_backbone.map_channels) != 5:
                 raise BadInput(f"--image-encoder {c.image_encoder}: the pyramid wants five maps, of strides 2 to 32")
-            self.img_neck = FPN(self.img_backbone.map_channels[1:], c.fpn)
+            self.img_neck = encoders.FPN(self.img_backbone.map_channels[1:], c.fpn)
             levels = 5
         self.pts_voxel_encoder = DynamicVFE(c, self.layout, levels)
         self.pts_middle_encoder = SparseEncoder(c)
@@ -634,9 +612,9 @@ def check_config(c, world):
     split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every keep_rows second_layers", 1, 1e9, "1 or more")
     runtime.check_range(c, "fpn fusion vfe sparse second neck upsample", 1, 4096, "from 1 to 4096")
-    runtime.check_range(c, "lr image_lr labels", 1e-30, 1e6, "above 0")
-    runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames", 0, 1e9, "0 or more")
-    runtime.check_range(c, "max_points warm_up clip translation", 0, 1e9, "0 or more")
+    runtime.check_range(c, "lr image_lr labels", 1e-30, 1e30, "above 0")
+    runtime.check_range(c, "seed workers max_steps eval_every keep_every eval_frames", 0, 1e9, "0 or more")
+    runtime.check_range(c, "max_points warm_up clip translation synthetic_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "labels flip norm_momentum", 0, 1, "from 0 to 1")
     runtime.check_range(c, "scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)

@@ -54,7 +54,7 @@ def draw_boxes(scene, boxes, scores, classes, path, title):
         _draw_box(on_image, above, scene.lidar2img, box, LABELLED, "-")
     for box, score, k in zip(boxes, scores, classes):
         said = f"{data_det3d.CLASSES[k]} {score:.2f}"
-        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", said)
+        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", said, rise=1.3 * (k - 1))
 
     counts = []
     for k, name in enumerate(data_det3d.CLASSES):
@@ -71,8 +71,8 @@ def draw_boxes(scene, boxes, scores, classes, path, title):
     return said
 
 
-def _draw_box(on_image, above, lidar2img, box, colour, dashes, said=""):
-    """One box in both pictures, with words beside it."""
+def _draw_box(on_image, above, lidar2img, box, colour, dashes, said="", rise=0.0):
+    """One box in both pictures, with words beside it; seen from above they stand `rise` metres higher."""
     corners = ops_boxes.corners(box)  # (8, 3)
     uv, depth = data.project(corners, lidar2img)
     if depth.min() > 0.5:
@@ -86,4 +86,4 @@ def _draw_box(on_image, above, lidar2img, box, colour, dashes, said=""):
     above.plot(-ring[:, 1], ring[:, 0], dashes, c=colour, lw=1.6)
     ahead = box[:2] + box[3] * 0.75 * np.array([np.cos(box[6]), np.sin(box[6])])
     above.plot([-box[1], -ahead[1]], [box[0], ahead[0]], dashes, c=colour, lw=1.2)
-    above.text(-box[1] + 1.2, box[0], said, color=colour, fontsize=9, va="center", clip_on=True)
+    above.text(-box[1] + 1.2, box[0] + rise, said, color=colour, fontsize=9, va="center", clip_on=True)

@@ -7,11 +7,15 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
 import os
 import platform
+import re
+import select
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +29,8 @@ import tyro
 from files import BadInput
 
 DISK_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+LAUNCHED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how srun and mpirun say how many they start
+INTERRUPTED, NOBODY_READS = 130, 141  # exit statuses: what a shell says of a program that SIGINT or SIGPIPE ended
 
 
 # -----------------------------------------------------------------------------
@@ -35,8 +41,36 @@ def command_line(parse, run=lambda action: action()):
     """run(what `parse()`, a call of tyro, makes of the arguments).
 
     These become one line on stderr and exit status 1: wrong arguments, which tyro answers with a box and status 2; any
-    BadInput; a disk that is full or forbidden.
+    BadInput; a file that the system refuses. These end it without a word: Ctrl-C, with status 130, and an output that
+    nobody reads any longer, as after `| head`, with 141.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt: what was begun is tidied up
+    ending = None
+    try:
+        run(parsed_by(parse))
+    except SystemExit as e:
+        ending = SystemExit(e.code)
+    except KeyboardInterrupt:
+        ending = SystemExit(INTERRUPTED)
+    except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
+        ending = SystemExit(f"error: {e}")
+    except BrokenPipeError:
+        if somebody_reads():
+            raise  # it was another pipe
+        ending = SystemExit(NOBODY_READS)
+    except OSError as e:
+        if not e.filename and e.errno not in DISK_SAYS_NO:
+            raise
+        ending = SystemExit(f"error: {e.filename or 'writing a file'}: {e.strerror}")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to tidy up
+    if not somebody_reads() and (ending is None or not ending.code):
+        ending = SystemExit(NOBODY_READS)
+    if ending:
+        raise ending  # out here, where nothing holds the loader any longer: its workers end by themselves
+
+
+def parsed_by(parse):
+    """parse(), a call of tyro. Raises BadInput, one line, for what tyro refuses, and for lists that are given twice."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -44,28 +78,65 @@ def command_line(parse, run=lambda action: action()):
     except SystemExit as e:
         if not e.code:
             raise  # --help
-        raise SystemExit(f"error: {box_text(said.getvalue())}") from None
+        raise BadInput(box_text(said.getvalue())) from None
+    given = [argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:] if argument.startswith("--")]
+    for flag in list_flags(parsed):
+        if given.count(flag) > 1:  # tyro would drop the first without a word
+            raise BadInput(f"{flag}: given {given.count(flag)} times; give all its values after one {flag}")
+    return parsed
+
+
+def list_flags(parsed):
+    """The flags with several values that a command has: of a config, of a function's arguments, or of several."""
+    if isinstance(parsed, tuple):
+        return [flag for part in parsed for flag in list_flags(part)]
+    values = {}
+    if dataclasses.is_dataclass(parsed):
+        values = vars(parsed)
+    elif isinstance(parsed, functools.partial):
+        values = inspect.signature(parsed.func).bind_partial(*parsed.args, **parsed.keywords).arguments
+    return ["--" + name.replace("_", "-") for name, value in values.items() if isinstance(value, (tuple, list))]
+
+
+def somebody_reads():
+    """Flush what was printed. -> False if the pipe that it went into is closed; what is printed later goes nowhere."""
+    read = True
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+        if pipe_is_closed(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python says so at its exit
+            read = False
+    return read
+
+
+def pipe_is_closed(stream):
     try:
-        return run(parsed)
-    except BadInput as e:  # perhaps on one rank alone: leave at once, and torchrun ends the others
-        message = f"error: {e}"
-    except OSError as e:
-        if e.errno not in DISK_SAYS_NO:
-            raise
-        message = f"error: {e.filename or 'writing a file'}: {e.strerror}"
-    raise SystemExit(message)  # out here, where nothing holds the loader any longer: its workers end by themselves
+        number = stream.fileno()
+    except (OSError, ValueError):  # no file, as in a notebook
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def box_text(said):
-    """The words in the first part of a box that tyro draws, on one line."""
-    words = []
-    for line in said.splitlines():
-        if line.startswith("│"):
-            text = line.strip("│ ")
-            if text.startswith("───"):  # what follows are hints
-                break
-            words.append(text)
-    return " ".join(words or said.split())
+    """The words in the first part of a box that tyro draws, and what it suggests in the others, on one line."""
+    drawn = "│" in said  # else, where the terminal has no such characters, a title, and rules between the parts
+    lines = [line.strip("│").rstrip() for line in said.splitlines() if line.startswith("│") or not drawn]
+    parts = [[]]
+    for line in lines:
+        if re.fullmatch(r"\s*[─-]{3,}", line):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    parts = parts if drawn or len(parts) == 1 else parts[1:]
+    first, *others = [" ".join(line.strip() for line in part).strip() for part in parts]
+    words = [first] + [text for text in others if text.startswith("Available subcommands")]
+    flags = [re.match(r" {1,6}(--[\w-]+)", line) for part in parts[1:] for line in part]  # deeper lines are help
+    similar = sorted({flag[1] for flag in flags if flag and flag[1] not in sys.argv})
+    words += [f"similar: {', '.join(similar)}"] if similar else []
+    return "; ".join(words)
 
 
 def later(f):
@@ -80,7 +151,7 @@ def commands(functions, description):
 
 
 def check_range(c, flags, low, high, what, rising=False):
-    """Raises BadInput for the first of the `flags`, fields of c, with a value outside [low, high].
+    """Raises BadInput for the first of the `flags`, fields of c, with a value outside [low, high]. NaN is outside.
 
     what: what the message says that values must be. rising: the values of a flag must not fall.
     """
@@ -119,6 +190,8 @@ class Run:
     rank: int
     world: int
     control: object = None  # a gloo group, for words between hosts that must not wait for GPUs
+    asked_to_stop: list = dataclasses.field(default_factory=list)  # when, by which signals a Loop catches
+    broken: str = ""  # why this process cannot go on after the step in hand
 
     @property
     def main(self):
@@ -164,9 +237,7 @@ def start_run(device="auto", seed=0):
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: no GPU that this build of torch can use")
     cuda = device != "cpu" and torch.cuda.is_available()
-    rank, world, local = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world, local = place_among_processes(os.environ)
     if cuda:
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if local >= gpus:
@@ -178,16 +249,51 @@ def start_run(device="auto", seed=0):
     return Run(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world, control)
 
 
+def place_among_processes(env):
+    """What torchrun says in the environment. -> this process's rank; processes; its rank on this machine.
+
+    Raises BadInput where it is said in part, and where another launcher has started several processes without it: each
+    would take itself for the whole run.
+    """
+
+    def number(name, default):
+        try:
+            return int(env.get(name, default))
+        except ValueError:
+            raise BadInput(f"{name}={env[name]} in the environment: not a number") from None
+
+    for name in LAUNCHED if "WORLD_SIZE" not in env else ():
+        if number(name, 1) > 1:
+            raise BadInput(
+                f"{name}={env[name]} but no WORLD_SIZE in the environment: start the processes of a run with torchrun, "
+                f"see docs/pretraining.md; for a run of one process, unset {name}"
+            )
+    rank, world, local = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if world > 1 and missing:
+        raise BadInput(f"WORLD_SIZE={world} but no {', '.join(missing)} in the environment: torchrun sets all of them")
+    if not 0 <= rank < world:
+        raise BadInput(f"RANK={rank}, WORLD_SIZE={world} in the environment: a run of {world} has no such process")
+    return rank, world, local
+
+
 def join_processes(rank, world, backend):
-    """Start torch.distributed. -> a further gloo group, see Run.control.
+    """Start torch.distributed. -> a further gloo group, see Run.control. Raises BadInput where nobody answers.
 
     torchrun --max-restarts starts processes again with the store of the last attempt (seen with --standalone, torch
     2.13), in which gloo finds the addresses of the dead. So each attempt has names of its own.
     """
-    store, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return dist.new_group(backend="gloo")
+    waiting = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would hear of Ctrl-C only after the wait
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        return dist.new_group(backend="gloo")
+    except (RuntimeError, ValueError) as e:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise BadInput(f"{where}: the {world} processes do not meet ({str(e).splitlines()[0]})") from None
+    finally:
+        signal.signal(signal.SIGINT, waiting)
 
 
 def follow_main(model, run):
@@ -210,10 +316,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        # each rank's loss has its own gradient for every row; DDP divides by the world size later
         grad = grad.contiguous()
-        dist.all_reduce(
-            grad
-        )  # each rank's loss has its own gradient for every row; DDP divides by the world size later
+        dist.all_reduce(grad)
         start = sum(ctx.counts[: ctx.rank])
         return grad[start : start + ctx.counts[ctx.rank]], None
 
@@ -227,6 +332,25 @@ def gather_rows(x):
     dist.all_gather(counts, torch.tensor(len(x), device=x.device))
     counts = [int(n) for n in counts]
     return _GatherRows.apply(x, counts), counts
+
+
+@contextlib.contextmanager
+def blocked(*signals):
+    """These wait until the end. For starting processes, which then never hear of them.
+
+    Ctrl-C reaches all processes, and each would print a traceback; and Python loses one that comes while it forks.
+    """
+    caught = []  # in spite of the mask, if another thread gets it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in signals}
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in caught:
+            os.kill(os.getpid(), number)
 
 
 def ahead(function, items, threads=4):

@@ -20,12 +20,22 @@ KITTI raw drives, one or many:
 
     torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
 
+nuScenes, six cameras, and its ten scenes of v1.0-mini:
+
+    torchrun --standalone simipu.py nuscenes --data-root data/nuscenes
+    torchrun --standalone simipu.py nuscenes --data-root data/nuscenes --splits mini_train --eval-splits mini_val
+
 Resume: the same command again. It goes on from out/NAME/last.pt, on a CPU to the same bits. Every flag:
 `python simipu.py kitti --help`.
 
 A run writes out/NAME/: log.jsonl, last.pt, backbone.pt (the image encoder, torchvision's key names), curves.png,
 pairs.png.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import functools
 import math
@@ -44,6 +54,7 @@ from torch import nn
 
 import data
 import data_kitti
+import data_nuscenes
 import encoders
 import eval_match
 import ops_triton as ops
@@ -61,12 +72,18 @@ class Config:
     """Everything a run depends on. Defaults are the paper's; where it is silent, the official release's."""
 
     # ---- data ----
+    dataset: Literal["kitti", "nuscenes"] = "kitti"
+    """Whose layout data_root is in: KITTI's, object or raw, or nuScenes'."""
     data_root: tuple[str, ...] = ("data/kitti",)
-    """Folder in KITTI's object or raw layout; several folders are pooled."""
+    """Folder in that layout; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. The paper pre-trains on train
-    and test, and keeps val unseen.
+    and test, and keeps val unseen. Of nuScenes: train, val, test, mini_train, mini_val.
     """
+    cameras: tuple[str, ...] = data_nuscenes.CAMERAS
+    """Of nuScenes: which cameras. Each makes a frame of every sweep."""
+    version: str = "auto"
+    """Of nuScenes: the folder of tables, such as v1.0-mini. auto: the one that a split is of."""
     eval_splits: tuple[str, ...] = ()
     """Splits, unseen in training, that the run ends by judging itself on: does the right image match better than
     another frame's? () for none.
@@ -160,6 +177,8 @@ class Config:
     candidates in the paper), not a memory knob. What of batch_size is left over the GPUs is accumulated; a batch_size
     of less than this for each GPU makes groups smaller, and says so.
     """
+    same_sweep: bool = False
+    """Let a forward pass hold frames of one sweep, which cameras side by side both see."""
     epochs: int = 100
     """Paper: 50 to 100."""
     max_steps: int = 0
@@ -199,6 +218,8 @@ class Config:
     """Steps between lines of log.jsonl."""
     save_every: int = 200
     """Steps between checkpoints. The last step and a polite kill save too."""
+    keep_every: int = 0
+    """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
 
 
 PRESETS = {
@@ -217,11 +238,20 @@ PRESETS = {
         "KITTI raw drives.",
         Config(data_root=("data/kitti_raw",), splits=(), frame_stride=10, name="kitti_raw"),
     ),
+    "nuscenes": (
+        "nuScenes keyframes. A camera sees some 2500 points of its sweep: half as many places, twice as many clouds.",
+        Config(
+            name="nuscenes", dataset="nuscenes", data_root=("data/nuscenes",), splits=("train",), eval_splits=("val",),
+            num_points=2048, image_scale=(512, 288, 1600, 900), places=512, group=8,
+            epochs=10, lr_decay=0.95, eval_every=1000,
+        ),
+    ),
 }  # fmt: skip
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
-FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
 # -----------------------------------------------------------------------------
@@ -484,22 +514,34 @@ def build_optimizers(model, c):
 # training
 
 
+def pool_frames(c, roots, splits, flag="--splits", named=True):
+    """Frames of the config's data set, and notes to print. Raises BadInput as the data set's own function does."""
+    if c.dataset == "nuscenes":
+        rules = c.cameras, c.version, c.frame_stride, c.skip_missing
+        return data_nuscenes.pool_frames(roots, splits, *rules, flag)
+    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, flag, named)
+
+
 def find_frames(c, roots, splits, named=False):
-    """Frames to judge on, as data_kitti.pool_frames finds them."""
-    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, named=named)[0]
+    """Frames to judge on, as pool_frames finds them."""
+    return pool_frames(c, roots, splits, named=named)[0]
 
 
 def load_frames(c, run):
     """-> frames to train on; frames of --eval-splits, none of them trained on; notes to print, as one text, or None.
 
-    Raises BadInput as data_kitti.pool_frames does, for held-out frames that are trained on, and for fewer than two.
+    Raises BadInput as pool_frames does, for held-out frames that are trained on, and for fewer than two.
     """
     synthetic.write_scenes(c, run)
-    frames, notes = data_kitti.pool_frames(c.data_root, c.splits, c.frame_stride, c.skip_missing)
+    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
+        if run.main:
+            pool_frames(c, c.data_root, c.splits)
+        run.any(False)
+    frames, notes = pool_frames(c, c.data_root, c.splits)
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
     roots, flag = c.eval_root or c.data_root, "--eval-splits"
-    held_out, more = data_kitti.pool_frames(roots, c.eval_splits, c.frame_stride, c.skip_missing, flag)
+    held_out, more = pool_frames(c, roots, c.eval_splits, flag)
     notes += [note for note in more if note not in notes]
     held_out = data.evenly_spread(held_out, c.eval_frames)
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
@@ -518,8 +560,8 @@ def check_config(c, world):
         c, "places num_points epochs log_every save_every frame_stride eval_frames", 1, 1e9, "1 or more"
     )
     runtime.check_range(c, "point_hidden image_hidden embed_dim", 1, 1e6, "1 or more")
-    runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e6, "above 0")
-    runtime.check_range(c, "seed workers max_steps eval_every synthetic_frames", 0, 1e9, "0 or more")
+    runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e30, "above 0")
+    runtime.check_range(c, "seed workers max_steps eval_every keep_every synthetic_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "intra_weight inter_weight translation", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "lr_decay", 1e-6, 1, "above 0, and 1 or less")
@@ -540,14 +582,15 @@ def train(c):
     group, accumulate, a_step = check_config(c, run.world)
 
     # ============ networks and optimisers ============
-    model = SimIPU(c).to(run.device, memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
+    model = SimIPU(c).to(run.device)
+    if c.inter_weight:
+        model.img_backbone.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs too
     notes = [weights.load_image_encoder(model.img_backbone, c.init, c.init_pixels)] if c.init else []
     notes += [weights.load_point_encoder(model.pts_backbone, c.init_points)] if c.init_points else []
     if c.inter_weight and run.device.type == "cuda" and run.world > 1:
         alone = encoders.share_batch_norm(model.img_backbone)
-        notes += (
-            [f"note: {alone} batch norms of {c.image_encoder} take their statistics on each GPU alone"] if alone else []
-        )
+        if alone:
+            notes.append(f"note: {alone} batch norms of {c.image_encoder} take their statistics on each GPU alone")
     optimizers = build_optimizers(model, c)
     if c.compile:
         model.img_backbone.compile(dynamic=True)
@@ -561,10 +604,14 @@ def train(c):
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
+    if c.gather_negatives:
+        identity["processes"] = run.world
+        notes += ["note: --gather-negatives: with one process there are no others"] if run.world == 1 else []
     # on every rank: recalibrating batch norm talks to the others
     judgement = (lambda: eval_match.match(model, held_out, c, run.device)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "match", judgement)
-    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
+    sweeps = None if c.same_sweep else data.sweeps_of(frames)
+    batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps, sweeps)
     loaded = stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
 
     def next_batch(step):

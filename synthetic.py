@@ -24,10 +24,14 @@ Other than in KITTI, the sweep covers the front 96 degrees only; a view's pitch 
 the principal point, so that boxes which turn about one axis (as KITTI's do) stay tight; roads are straight and flat.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -484,7 +488,9 @@ def write_dataset(
             job = partial(write_frame, folder=unfinished / "training", seed=seed, width=width, height=height)
             bar = tqdm(total=frames, desc=f"writing {root}", unit="frame", disable=not progress)
             with bar, processes(min(workers, frames)) as pool:
-                for _ in pool.map(job, range(frames)):
+                with runtime.blocked(signal.SIGINT):
+                    written = pool.map(job, range(frames))
+                for _ in written:
                     bar.update()
             unfinished.chmod(0o755)  # a temporary folder is its owner's only
             unfinished.rename(root)

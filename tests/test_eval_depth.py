@@ -452,7 +452,8 @@ def test_real_maps(dataset, folder, scale, high, crop):
         if i == 0:  # the formulas at a tenth of the pixels, for they are slow
             truth = truth * (np.random.default_rng(i).random(truth.shape) < 0.1)
             above = prediction.clip(0.01)
-            eigen, bench = by_hand(above, truth, 0.01, high, BOXES[(crop, *truth.shape)])
+            kind = (crop, *truth.shape)
+            eigen, bench = by_hand(above, truth, 0.01, high, BOXES[kind])
             assert depth.eigen_metrics(above, truth, 0.01, high, crop) == pytest.approx(eigen, rel=1e-6)
             assert depth.benchmark_metrics(above, truth) == pytest.approx(bench, rel=1e-6)
     mean, scored, left_out = depth.mean_over_images(rows)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_finetune_det3d import SMALL
 
+import ablate
 import encoders
 import eval_boxes
 import finetune_det3d
@@ -143,8 +144,9 @@ def test_wrong_input_is_one_line_and_leaves_no_trace(run_here, scenes, raw_drive
             places[place] = shutil.copytree(scenes, tmp_path / place)
             label = places[place] / "training" / "label_2" / name
             label.write_text(text) if text else label.unlink()
-    arguments = [places.get(a, a) for a in arguments]
-    status, out, err = run_here(finetune_det3d, "demo", "--data-root", scenes, *SMALL, "--max-steps", 3, *arguments)
+    usual = ["--data-root", scenes, *SMALL, "--max-steps", 3]
+    own = [str(places.get(a, a)) for a in arguments]
+    status, out, err = run_here(finetune_det3d, "demo", *ablate.overridden([str(word) for word in usual], own))
     assert status == 1 and not out and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
     assert not (tmp_path / "out").exists()
 

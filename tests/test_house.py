@@ -21,7 +21,7 @@ SCRIPTS = {"simipu", "moco", "finetune_depth", "finetune_det3d", "finetune_mono3
 SCRIPTS |= {"eval", "ablate", "bench"}
 MAY_IMPORT = {name: SCRIPTS for name in ("eval", "ablate", "bench")}  # by file; all others, no script
 MAY_IMPORT |= {"moco": {"simipu"}}  # networks are in encoders.py, for all others
-ALSO_A_COMMAND = {"synthetic"}  # can be started, but is there to be imported
+ALSO_A_COMMAND = {"synthetic", "data_waymo"}  # can be started, but is there to be imported
 
 COLUMNS, CODE_LINES = 120, 800
 PAGE_LINES = {"README.md": 230, "CONTRIBUTING.md": 60}
