@@ -10,7 +10,9 @@ A split is a list ImageSets/NAME.txt: of frames in the object layout, of drives 
 """
 
 import functools
+import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -141,15 +143,35 @@ def _listing(root, split):
     return Path(root) / "ImageSets" / f"{split}.txt"
 
 
+def rig_of(root):
+    """The Rig of an object root: that of its rig.json, which data_waymo.py writes, or KITTI's. Raises BadInput."""
+    path = Path(root) / "rig.json"
+    if not path.is_file():
+        return RIG
+    try:
+        fields = json.loads(read_text(path))
+        return data.Rig(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    except (AttributeError, TypeError, ValueError) as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f"{path}: not a rig as data_waymo.py writes it") from None
+
+
+def _segment(name):
+    """The recording that a frame of data_waymo.py's is from, by its name SEGMENT_MICROSECONDS_CAMERA; else None."""
+    found = re.fullmatch(r"(.+)_\d{16}_[A-Z_]+", name)
+    return found[1] if found else None
+
+
 def _object_frames(root, split, splits, flag, folders):
-    folder = root / ("testing" if split == "test" else "training")
+    folder, rig = root / ("testing" if split == "test" else "training"), rig_of(root)
     drives = _object_drives(root) if folder.name == "training" else {}
     frames = []
     for i in _object_ids(root, split, splits, flag, folder, folders):
         image = folders.find(folder / "image_2", i, IMAGES) or folder / "image_2" / f"{i}.png"
         cloud = folders.find(folder / "velodyne", i, (".bin",)) or folder / "velodyne" / f"{i}.bin"
         calib = (folder / "calib" / f"{i}.txt",)
-        frames.append(ObjectFrame(f"{folder.name}/{i}", image, cloud, calib, RIG, drives.get(i)))
+        frames.append(ObjectFrame(f"{folder.name}/{i}", image, cloud, calib, rig, drives.get(i) or _segment(i)))
     return frames
 
 

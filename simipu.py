@@ -16,12 +16,10 @@ The paper's recipe on KITTI, on one GPU, on eight (same global batch, same negat
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         simipu.py kitti --data-root data/kitti --batch-size 64      # 4 frames on each of 16 GPUs; both nodes see out/
 
-KITTI raw drives, one or many:
+KITTI raw drives, one or many; Waymo as data_waymo.py converts it; nuScenes' six cameras, all of it or ten scenes:
 
     torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
-
-nuScenes, six cameras, and its ten scenes of v1.0-mini:
-
+    torchrun --standalone simipu.py waymo --data-root data/waymo
     torchrun --standalone simipu.py nuscenes --data-root data/nuscenes
     torchrun --standalone simipu.py nuscenes --data-root data/nuscenes --splits mini_train --eval-splits mini_val
 
@@ -237,6 +235,10 @@ PRESETS = {
     "kitti_raw": (
         "KITTI raw drives.",
         Config(data_root=("data/kitti_raw",), splits=(), frame_stride=10, name="kitti_raw"),
+    ),
+    "waymo": (
+        "Waymo, converted by data_waymo.py: the paper's other recipe.",
+        Config(name="waymo", data_root=("data/waymo",), splits=("train",), eval_splits=("val",), eval_every=1000),
     ),
     "nuscenes": (
         "nuScenes keyframes. A camera sees some 2500 points of its sweep: half as many places, twice as many clouds.",

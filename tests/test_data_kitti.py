@@ -1,5 +1,7 @@
 """Wrong input is one line on stderr that names the culprit, exit status 1, and nothing written."""
 
+import dataclasses
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -441,3 +443,30 @@ def test_raw_drives_beside_an_object_root(two_drives, scenes):
 def test_the_preset_of_raw_drives_takes_them_all(two_drives):
     c = simipu.PRESETS["kitti_raw"][1]
     assert len(data_kitti.find_frames(two_drives, c.splits, 1)) == 8
+
+
+# -----------------------------------------------------------------------------
+# another car's sensors
+
+
+def test_a_root_says_whose_sensors_its_frames_are_from(copy):
+    path = copy / "rig.json"
+    rig = data.Rig((0.0, -9.0, -2.0, 20.0, 9.0, 4.0), (10.0, 0.0, 1.0), ground=0.0, box=(960, 640), columns=5)
+    path.write_text(json.dumps(dataclasses.asdict(rig)))
+    assert data_kitti.list_frames(copy)[0].rig == rig
+    path.unlink()
+    assert data_kitti.list_frames(copy)[0].rig is data_kitti.RIG
+
+
+def test_frames_of_waymo_say_their_segment(copy):
+    name = "1024360143612057520_3580_000_3600_000_1553735853462203_FRONT_LEFT"
+    (copy / "ImageSets" / "waymo.txt").write_text(f"{name}\n000001\n")
+    drives = [frame.drive for frame in data_kitti.list_frames(copy, ["waymo"])]
+    assert drives == ["1024360143612057520_3580_000_3600_000", None]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"ground": 0}', '{"wheels": 4}'])
+def test_a_rig_that_is_none(copy, text):
+    (copy / "rig.json").write_text(text)
+    with pytest.raises(BadInput, match="rig.json: not a rig"):
+        data_kitti.list_frames(copy)
