@@ -26,12 +26,16 @@ Formats and formulas: waymo-research/waymo-open-dataset (v2 components, utils/ra
 Wrong input raises `BadInput`, one line that names the file or the flag.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
-import signal
 import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
