@@ -103,6 +103,16 @@ def gpu(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def usual_signals():
+    """Every test has signals as in a terminal: nohup and a shell's `&` start programs that ignore some."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def in_repo():
     """Every test starts where the repository is, wherever the last one left off."""
     os.chdir(REPO)
