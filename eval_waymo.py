@@ -146,7 +146,7 @@ def read_varint(message, at):
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value & (2**64 - 1), at
         shift += 7
         if shift > 63:
             raise ValueError("an integer of more than 64 bits")

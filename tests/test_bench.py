@@ -164,7 +164,7 @@ def test_the_sum_of_set_abstractions_needs_all_of_them(monkeypatch, fits):
         ("ops --data-root nowhere", "nowhere: no such folder"),
         ("ops --samples 99", "--samples 99: more than the 6 frames found"),
         ("ops --repeats -1", "--repeats -1: cannot be negative"),
-        ("ops --places 0", "--places 0: must be above 0"),
+        ("ops --places 0", "--places 0: must be 1 or more"),
         ("step --json no/rows.jsonl", "--json no/rows.jsonl: no such folder"),
     ],
 )

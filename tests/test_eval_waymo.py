@@ -154,6 +154,16 @@ def test_the_sum_of_overlaps_counts_and_not_the_best_pair():
     assert flat(vehicle_figures(predictions, truths)) == (1, 1, 1, 1)
 
 
+def test_a_label_is_found_by_the_best_of_those_that_take_part():
+    """Of four predictions for it, the best has it up to its score, the second best from there on to its own."""
+    truths = vehicles(boxes(0))
+    predictions = vehicles(boxes(0.05, 0.1, 0.2, 0.3), score=[0.305, 0.205, 0.605, 0.405])
+    pairs = eval_waymo.overlapping_pairs(predictions, truths, predictions.frame, truths.frame)
+    assert len(pairs[0]) == 4
+    found = eval_waymo.match(*pairs, eval_waymo.count_cutoffs(predictions.score)[pairs[0]])
+    assert sorted(zip(*(column.tolist() for column in found))) == [(0, 0, 0, 31), (2, 0, 31, 61)]
+
+
 def test_heading_counts_in_maph_alone():
     for turn in (0, 0.5, np.pi / 2, np.pi, -3, 2 * np.pi + 0.5):
         square = np.array([[10, 5, 1, 2, 2, 2, 1.0]])
@@ -195,6 +205,8 @@ def test_scores_count_at_every_hundredth():
     beside = vehicles(boxes(0, 60, 20), score=[0.915, 0.905, 0.5])
     first, second = (vehicle_figures(p, truths)["LEVEL_1"]["mAP"] for p in (apart, beside))
     assert first < second  # .912 takes part wherever .915 does
+    on_it = vehicles(boxes(0, 60), score=[0.5, 0.495])
+    assert vehicle_figures(on_it, truths)["LEVEL_1"]["mAP"] == 0.5  # a score of .5 takes part at .5, alone
     assert vehicle_figures(vehicles(boxes(0, 20), score=1.0), truths)["LEVEL_1"]["mAP"] == 1
 
 

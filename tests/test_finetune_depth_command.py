@@ -579,7 +579,8 @@ def test_wrong_input_is_one_line_and_leaves_no_trace(run_here, scenes, tmp_path,
     Image.fromarray(np.zeros((32, 64), np.uint8)).save(small / "a.png")
     Image.fromarray(np.full((32, 64), 1000, np.uint16)).save(small / "b.png")
     (small / "nyu_train.txt").write_text("a.png b.png 518.8\n" * 2)
-    status, out, err = run_here(finetune_depth, preset, "--data-root", scenes, *SMALL, *flags)
+    root = [] if "--data-root" in flags else ["--data-root", scenes]
+    status, out, err = run_here(finetune_depth, preset, *root, *SMALL, *flags)
     assert status == 1
     assert not out
     assert err.startswith("error: ")
