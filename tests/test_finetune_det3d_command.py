@@ -67,8 +67,9 @@ def test_resumes_exactly(run_here, scenes, tmp_path, monkeypatch):
     """Killed in step 3, after the checkpoint of step 2, it goes on to the same bits: objects pasted, images of changing
     sizes, two passes a step.
     """
-    arguments = ["demo", "--data-root", scenes, *SMALL, "--group", 1, "--max-steps", 4, "--save-every", 2]
-    arguments += ["--image-scale", 96, 32, 192, 64, "--image-optimizer", "sgd", "--eval-splits"]
+    own = ["--image-scale", "96", "32", "192", "64", "--image-optimizer", "sgd", "--group", "1", "--eval-splits"]
+    arguments = ["demo", "--data-root", scenes, *ablate.overridden([str(word) for word in SMALL], own)]
+    arguments += ["--max-steps", 4, "--save-every", 2]
     status, _, err = run_here(finetune_det3d, *arguments, "--name", "whole")
     assert status == 0, err
     report = loop.Loop.report
