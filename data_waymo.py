@@ -657,7 +657,7 @@ def convert(
         whole: Keep the whole sweep and all its labels, not what lies before the camera alone.
         elongation: Write it as a fifth number of each point.
         check: Write nothing; read the source again and compare every file. What OUT was made with is known.
-        workers: Processes; by default one per core, some 0.5 GB each.
+        workers: Processes; by default one per core, some 0.4 GB each beside what all share.
     """
     if pyarrow is None:
         raise BadInput("data_waymo.py convert: needs pyarrow, which is not installed: pip install pyarrow")

@@ -193,28 +193,12 @@ PRESETS = {
 
 BETAS = (0.95, 0.99)  # of AdamW
 LOG_OFFSET, MEAN_WEIGHT = 1e-3, 0.15  # of SigLoss: metres added before logarithms; share of the squared mean
-WARM_UP, START, END = (
-    0.3,
-    1 / 25,
-    1 / 2500,
-)  # of the cycle: share of the steps that it rises; first and last rate, as shares of the highest
+# of the cycle: share of the steps that it rises; first and last rate, as shares of the highest
+WARM_UP, START, END = 0.3, 1 / 25, 1 / 2500
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
-FREE = {
-    "data_root",
-    "depth_root",
-    "workers",
-    "resident",
-    "name",
-    "out",
-    "device",
-    "compile",
-    "log_every",
-    "save_every",
-    "keep_every",
-    "init",
-}
-FREE |= {"eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE = {"data_root", "depth_root", "workers", "resident", "name", "out", "device", "compile", "init"}
+FREE |= {"log_every", "save_every", "keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 # -----------------------------------------------------------------------------
@@ -292,18 +276,14 @@ class DepthNet(nn.Module):
     def forward(self, batch, report=True):
         """batch of data_depth.augment -> loss, stats."""
         truth = batch["depth"]  # (B, H, W)
-        prediction = F.interpolate(self.depth(batch["image"]), truth.shape[1:], mode="bilinear", align_corners=True)[
-            :, 0
-        ]
+        depth = self.depth(batch["image"])  # (B, 1, H / 2, W / 2)
+        prediction = F.interpolate(depth, truth.shape[1:], mode="bilinear", align_corners=True)[:, 0]
         loss = sig_loss(prediction, truth)
         if not report:
             return loss, {}
         known = truth > 0
-        abs_rel = (
-            ((prediction.detach() - truth).abs() / truth.clamp(min=1e-6))[known].mean()
-            if known.any()
-            else truth.new_zeros(())
-        )
+        error = (prediction.detach() - truth).abs() / truth.clamp(min=1e-6)
+        abs_rel = error[known].mean() if known.any() else truth.new_zeros(())
         return loss, {"loss": loss.detach(), "abs_rel": abs_rel, "known": known.float().mean()}
 
 
@@ -388,7 +368,8 @@ def load_frames(c, run):
         held_out, more = find(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits, flag="--eval-splits")
         held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
         notes += more
-    data.check_unseen(train, held_out, f"--eval-splits {' '.join(c.eval_splits)}")
+    flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
+    data.check_unseen(train, held_out, flag)
     train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
     return train, held_out, "\n".join(notes) or None
 

@@ -170,7 +170,7 @@ class Config:
     save_every: int = 500
     """Steps between checkpoints. The last step and a polite kill save too."""
     keep_every: int = 0
-    """Steps between checkpoints that are kept, as step_N.pt beside last.pt. 0: none."""
+    """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
 
 
 PRESETS = {
@@ -645,7 +645,7 @@ def load_frames(c, run):
         held_out, more = data_det3d.pool_frames(c.eval_root or c.data_root, c.eval_splits, c.skip_missing, flag)
         held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
         notes += more
-    flag = " ".join([flag, *c.eval_splits])
+    flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])
     data.check_unseen(train, held_out, flag)
     shared = data.shared_drives(train, held_out, flag)
     train = data.evenly_spread(train, max(1, round(c.labels * len(train))))

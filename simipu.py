@@ -659,9 +659,8 @@ def train(c):
             said = [f"{loss} {stats[loss]:.2f} (chance {stats[loss + '_chance']:.2f})" for loss in losses]
             loop.bar.set_postfix_str(", ".join(said))
         if loop.saving:
-            if (
-                c.inter_weight and run.main
-            ):  # first: a run that is finished by its last.pt has its last backbone.pt, too
+            # first: a run that is finished by its last.pt has its last backbone.pt, too
+            if c.inter_weight and run.main:
                 about = {"step": loop.done, "git": loop.about["git"]}
                 weights.save_backbone(model.img_backbone, c.image_encoder, about, loop.folder / "backbone.pt")
             # for eval.py: what it is not to be judged on
