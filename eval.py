@@ -7,16 +7,7 @@
     python eval.py det3d out/det3d_demo/last.pt                             # of finetune_det3d.py; see eval_boxes.py
     python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
-`match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
-feature is ranked among all of the frame's by its similarity to the place's point feature. It asks twice, of the right
-image and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the pixel's
-position alone, which lowers both. Only the gap between the two is what the network sees in the image.
-
-`probe` fits a ridge regression of log-depth on frozen features at the pixels of LiDAR points. Position, which every row
-has for free, explains most of it, and a network trained on wrong pairs lifts it nearly as much as one trained on true
-ones. So it is never shown without its baselines, and differences under .03 are noise.
-
-The figures themselves are functions of eval_match.py, eval_depth.py and eval_boxes.py.
+The figures are functions of eval_match.py, which says what `match` and `probe` ask, eval_depth.py and eval_boxes.py.
 """
 
 import signal

@@ -510,8 +510,8 @@ def grid_overlap(anchors, boxes):
 
     Such overlaps are products of what columns and rows have in common: two operations a pair, not twenty.
     """
-    half_x, half_y = half_sides(anchors[0, 0])
-    box_x, box_y = half_sides(boxes)  # (B, M)
+    half_x, half_y = ops_boxes.half_sides(anchors[0, 0])
+    box_x, box_y = ops_boxes.half_sides(boxes)  # (B, M)
     columns, rows = anchors[0, :, 0, None], anchors[:, 0, 1, None]  # (X, 1), (Y, 1)
 
     def common(at, half, centre, box_half):
@@ -524,13 +524,6 @@ def grid_overlap(anchors, boxes):
     shared = y[:, :, None] * x[:, None]  # (B, Y, X, M)
     areas = 4 * (half_x * half_y + box_x * box_y)
     return shared / (areas[:, None, None] - shared).clamp(min=1e-9)
-
-
-def half_sides(boxes):
-    """Half the sides along x and y of boxes (..., 7), their yaws rounded to quarter turns."""
-    across = boxes[..., 6].sin().abs() > boxes[..., 6].cos().abs()
-    length, width = boxes[..., 3] / 2, boxes[..., 4] / 2
-    return torch.where(across, width, length), torch.where(across, length, width)
 
 
 def detection_losses(scores, codes, directions, anchors, target):

@@ -178,16 +178,18 @@ def iou_3d(a, b):
     return _over_union(shared, a[..., 3] * a[..., 4] * a[..., 5], b[..., 3] * b[..., 4] * b[..., 5])
 
 
+def half_sides(boxes):
+    """Half the sides along x and y of boxes (..., 7), their yaws rounded to quarter turns -> (...), (...)."""
+    xp = _library(boxes)
+    across = abs(xp.sin(boxes[..., 6])) > abs(xp.cos(boxes[..., 6]))
+    length, width = boxes[..., 3] / 2, boxes[..., 4] / 2
+    return xp.where(across, width, length), xp.where(across, length, width)
+
+
 def nearest_bev_iou(a, b):
     """`bev_iou` with every yaw rounded to a quarter turn, a tenth of the price -> (...). What anchors are given to
     objects by."""
     xp = _library(a)
-
-    def half_sides(boxes):
-        across = abs(xp.sin(boxes[..., 6])) > abs(xp.cos(boxes[..., 6]))
-        length, width = boxes[..., 3] / 2, boxes[..., 4] / 2
-        return xp.where(across, width, length), xp.where(across, length, width)
-
     (ax, ay), (bx, by) = half_sides(a), half_sides(b)
     x = xp.minimum(a[..., 0] + ax, b[..., 0] + bx) - xp.maximum(a[..., 0] - ax, b[..., 0] - bx)
     y = xp.minimum(a[..., 1] + ay, b[..., 1] + by) - xp.maximum(a[..., 1] - ay, b[..., 1] - by)
