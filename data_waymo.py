@@ -51,7 +51,7 @@ import data
 import eval_waymo
 import ops_boxes
 import runtime
-from files import BadInput, disk_errors, read_text, writing
+from files import BadInput, disk_errors, read_text, remove_stale, writing
 
 try:
     import pyarrow
@@ -592,8 +592,8 @@ def read_options(out):
 
 
 def begin(out, o, splits):
-    """Make the folders, and write what a conversion is made with, and the rig of its frames. Raises BadInput for a
-    folder with other data."""
+    """Make the folders, without what a killed conversion left half-written, and write what this one is made with, and
+    the rig of its frames. Raises BadInput for a folder with other data."""
     had = read_options(out)
     if had is not None and had != o:
         difference = runtime.differences(dataclasses.asdict(had), dataclasses.asdict(o))
@@ -612,6 +612,7 @@ def begin(out, o, splits):
     for folder in folders:
         with disk_errors(out):
             (out / folder).mkdir(parents=True, exist_ok=True)
+            remove_stale(out / folder)
 
 
 def write_lists(out):
@@ -619,7 +620,6 @@ def write_lists(out):
     lists = {}
     for split, (folder, name) in SPLITS.items():
         done = sorted((out / "segments" / split).glob("*.txt"))
-        done = [path for path in done if not path.stem.endswith(".tmp")]  # of a run that was killed
         ids = [i for path in done for i in read_text(path).split()]
         if ids:
             lists[name] = ids

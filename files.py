@@ -66,14 +66,15 @@ def remove_stale(folder):
 
 
 def lives(pid):
-    """Is there such a process on this machine?"""
+    """Is there such a process on this machine? One that is dead, and whose parent does not care, does not live."""
     try:
         os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except OSError:  # somebody else's, or a system without /proc
         return True
-    return True
+    return state != "Z"
 
 
 def save_atomically(obj, path):

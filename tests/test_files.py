@@ -1,6 +1,7 @@
 """Text and folders as people leave them: what can be understood is, the rest is one line that names file and line."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -102,3 +103,19 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path):
     (tmp_path / "file").touch()
     assert list_folder(tmp_path / "nowhere") == list_folder(tmp_path / "file") == []
     assert Folders().stems(tmp_path / "nowhere", (".bin",)) == set()
+
+
+def test_what_the_dead_left_is_removed(tmp_path):
+    """Also what a process left whose parent never asked how it ended; what lives keeps its files."""
+    dead, living = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+    names = [f"a.{dead.pid}.tmp.jpg", f"last.{2**22 + 1}.tmp.pt", f"b.{living.pid}.tmp", "c.jpg", "d.tmp.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    try:
+        files.remove_stale(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[2:])
+    finally:
+        living.kill()
+        living.wait()
+        dead.wait()
