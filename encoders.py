@@ -11,6 +11,7 @@ from torch import nn
 
 import ops_triton as ops
 from files import BadInput
+from ops_deform import DeformConv2d
 
 # -----------------------------------------------------------------------------
 # image encoder: ResNet (He et al. 2016), v1.5, with torchvision's parameter names
@@ -64,10 +65,10 @@ class ResNet(nn.Module):
     16, 32.
 
     Output cell i of a map of stride s is centred on input pixel s * i: the 7x7, 3x3 and 1x1 convolutions all pad
-    evenly.
+    evenly. deformable: stages, from 1 to 4, whose 3x3 convolutions `conv2` are deformable ones (ops_deform.py).
     """
 
-    def __init__(self, depth):
+    def __init__(self, depth, deformable=()):
         super().__init__()
         block, layers = {
             18: (BasicBlock, (2, 2, 2, 2)),
@@ -83,6 +84,9 @@ class ResNet(nn.Module):
             for i in range(count):
                 blocks.append(block(cin, width, stride=2 if stage > 1 and i == 0 else 1))
                 cin = width * block.expansion
+                if stage in deformable:
+                    stride = blocks[-1].conv2.stride[0]
+                    blocks[-1].conv2 = DeformConv2d(width, width, 3, stride, 1, bias=False)
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.channels = cin
         self.strides, self.offsets = (2, 4, 8, 16, 32), (0, 0, 0, 0, 0)  # as build_image_encoder says
@@ -90,6 +94,9 @@ class ResNet(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for m in self.modules():
+            if isinstance(m, DeformConv2d):
+                m.start_plain()
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -101,15 +108,15 @@ class ResNet(nn.Module):
         return maps
 
 
-def build_image_encoder(name):
-    """resnetNN, or timm:NAME when timm is installed. Raises BadInput for other names.
+def build_image_encoder(name, deformable=()):
+    """resnetNN, or timm:NAME when timm is installed. deformable: as ResNet has it. Raises BadInput for other names.
 
     The module's forward is (B, 3, H, W) -> a list of maps. Of these, shallowest first, `map_channels`, `strides` and
     `offsets` say: output cell i is centred on input pixel strides * i + offsets, in both directions. `channels` is the
     last map's.
     """
     if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
-        return ResNet(int(name[6:]))
+        return ResNet(int(name[6:]), deformable)
     if not name.startswith("timm:"):
         raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
     encoder = build_timm_encoder(name)
@@ -175,9 +182,9 @@ def cells(encoder, uv, at=-1):
 class ConvModule(nn.Module):
     """A 2D convolution with bias, named as mmcv's."""
 
-    def __init__(self, cin, cout, size):
+    def __init__(self, cin, cout, size, stride=1):
         super().__init__()
-        self.conv = nn.Conv2d(cin, cout, size, padding=size // 2)
+        self.conv = nn.Conv2d(cin, cout, size, stride, padding=size // 2)
         nn.init.xavier_uniform_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
@@ -186,19 +193,29 @@ class ConvModule(nn.Module):
 
 
 class FPN(nn.Module):
-    """Feature pyramid (Lin et al. 2017): maps of strides 4 to 32 -> five maps of one width, the last of stride 64."""
+    """Feature pyramid (Lin et al. 2017): maps of strides 4 to 32 -> five maps of one width, the last of stride 64.
 
-    def __init__(self, channels, width):
+    further: instead of that last one, so many maps more, each a convolution of stride 2 on the one before, with a ReLU
+    between them (RetinaNet, FCOS).
+    """
+
+    def __init__(self, channels, width, further=0):
         super().__init__()
         self.lateral_convs = nn.ModuleList(ConvModule(cin, width, 1) for cin in channels)
         self.fpn_convs = nn.ModuleList(ConvModule(width, width, 3) for _ in channels)
+        self.fpn_convs.extend(ConvModule(width, width, 3, stride=2) for _ in range(further))
 
     def forward(self, maps):
         x = [conv(m) for conv, m in zip(self.lateral_convs, maps)]
         for i in range(len(x) - 1, 0, -1):
             x[i - 1] = x[i - 1] + F.interpolate(x[i], x[i - 1].shape[2:], mode="nearest")
         x = [conv(m) for conv, m in zip(self.fpn_convs, x)]
-        return [*x, F.max_pool2d(x[-1], 1, 2)]
+        further = self.fpn_convs[len(x) :]
+        if not further:
+            return [*x, F.max_pool2d(x[-1], 1, 2)]
+        for i, conv in enumerate(further):
+            x.append(conv(F.relu(x[-1]) if i else x[-1]))
+        return x
 
 
 # -----------------------------------------------------------------------------
