@@ -4,11 +4,12 @@
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
     python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25     # of what use is the start?
     python ablate.py --task det3d --inits no-image none out/demo/backbone.pt --labels 1 # the same for detection
+    python ablate.py --task mono3d --inits none out/demo/backbone.pt --labels 1         # and from images alone
 
 Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth,
-finetune_det3d.py for det3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in
-out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a table that was
-interrupted goes on where it stopped.
+finetune_det3d.py for det3d, finetune_mono3d.py for mono3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another
+preset by --preset), in out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a
+table that was interrupted goes on where it stopped.
 
 The table, in Markdown, has the mean over seeds, and their range, of the last step's figures (eval.py says what they
 are). No run and no step is picked. `random` is the untrained network. --gather-negatives needs several processes;
@@ -39,6 +40,7 @@ from tqdm import tqdm
 import eval_match
 import finetune_depth
 import finetune_det3d
+import finetune_mono3d
 import runtime
 import simipu
 from files import BadInput, read_log
@@ -114,6 +116,20 @@ TASKS = {
             "cyclists": ("Cyclist.n.1", 1, 0),
         },
     ),
+    "mono3d": Task(
+        finetune_mono3d,
+        "mono3d",
+        {
+            "mAP, %": ("mean_ap", 100, 1),
+            "AP car, %": ("mean_dist_aps.car", 100, 1),
+            "pedestrian, %": ("mean_dist_aps.pedestrian", 100, 1),
+            "bicycle, %": ("mean_dist_aps.bicycle", 100, 1),
+            "ATE, m": ("tp_errors.trans_err", 1, 2),
+            "ASE": ("tp_errors.scale_err", 1, 2),
+            "AOE": ("tp_errors.orient_err", 1, 2),
+            "NDS, %": ("nd_score", 100, 1),
+        },
+    ),
 }
 
 
@@ -123,8 +139,8 @@ class Options:
     to the task's script.
     """
 
-    task: Literal["match", "depth", "det3d"] = "match"
-    """match: pre-training, judged by matching. depth and det3d: fine-tuning, judged by the metrics of the task."""
+    task: Literal["match", "depth", "det3d", "mono3d"] = "match"
+    """match: pre-training, judged by matching. The others: fine-tuning, judged by the metrics of the task."""
     preset: str = "demo"
     """Of the task's script."""
     name: str = "ablation"
@@ -136,11 +152,11 @@ class Options:
     only: tuple[str, ...] = ()
     """Of match: names of variants; () for all of them."""
     inits: tuple[str, ...] = ("none", "out/demo/backbone.pt")
-    """Of depth and det3d: weights that the image encoder starts from. {seed} stands for the seed. A finished run is
+    """Of the others: weights that the image encoder starts from. {seed} stands for the seed. A finished run is
     known by this path, not by what lies there. no-image, of det3d: points alone.
     """
     labels: tuple[float, ...] = (1.0, 0.25)
-    """Of depth and det3d: shares of the training frames."""
+    """Of the others: shares of the training frames."""
 
 
 # -----------------------------------------------------------------------------

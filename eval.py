@@ -5,9 +5,11 @@
     python eval.py show out/demo/last.pt --frame 3                          # four pictures of a frame
     python eval.py depth out/depth_demo/last.pt                             # of finetune_depth.py; see eval_depth.py
     python eval.py det3d out/det3d_demo/last.pt                             # of finetune_det3d.py; see eval_boxes.py
+    python eval.py mono3d out/mono3d_demo/last.pt                           # of finetune_mono3d.py; eval_mono3d.py
     python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
-The figures are functions of eval_match.py, which says what `match` and `probe` ask, eval_depth.py and eval_boxes.py.
+The figures are functions of eval_match.py, which says what `match` and `probe` ask, eval_depth.py, eval_boxes.py,
+eval_mono3d.py and eval_nuscenes.py.
 """
 
 import signal
@@ -29,12 +31,16 @@ import data
 import data_depth
 import data_det3d
 import data_kitti
+import data_mono3d
 import encoders
 import eval_boxes
 import eval_depth
 import eval_match
+import eval_mono3d
+import eval_nuscenes
 import finetune_depth
 import finetune_det3d
+import finetune_mono3d
 import pictures
 import pictures_boxes
 import runtime
@@ -580,7 +586,110 @@ def detect(model, frames, c, run, save, drawn):
     return results
 
 
-COMMANDS = {"match": match, "probe": probe, "show": show, "depth": depth, "det3d": det3d, "export": weights.export}
+# -----------------------------------------------------------------------------
+# mono3d
+
+
+def mono3d(
+    source: Path,
+    /,
+    data_root: tuple[str, ...] = (),
+    version: str | None = None,
+    splits: tuple[str, ...] = (),
+    frames: int | None = None,
+    skip_missing: bool = False,
+    save: Path | None = None,
+    drawn: int = 8,
+    json: Path | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+):
+    """nuScenes' detection figures of a monocular detector, or of anybody's results file: mAP by distance between
+    centres, five errors, NDS. On KITTI's labels mAP and three errors, of three classes.
+
+    Args:
+        source: last.pt of finetune_mono3d.py; or a results file, .json, in the format of nuScenes' devkit.
+        data_root: Folder of nuScenes, or folders in KITTI's object layout, with labels; by default the run's.
+        version: Of nuScenes: the folder of tables, such as v1.0-mini; by default the run's, or the one that the splits
+            are of.
+        splits: Of nuScenes: val, mini_val, ...; of KITTI: names in ImageSets/; by default the run's --eval-splits, or
+            val.
+        frames: At most so many samples, evenly spread; 0 for all; by default the run's --eval-frames.
+        skip_missing: Leave out frames that lack an image, instead of stopping at them.
+        save: Folder to write a detector's results.json to, and pictures of some frames.
+        drawn: With --save, so many pictures, evenly spread.
+        json: File to write the figures to, under the devkit's own keys.
+        device: auto is the GPU if there is one.
+    """
+    at_least(0, frames=frames, drawn=drawn)
+    run = runtime.start_run(device)
+    if source.suffix == ".json":
+        c = finetune_mono3d.Config(version=version or "auto")
+        if len(data_root) != 1:
+            raise BadInput(f"{source}: a results file; --data-root must say of what, one folder of nuScenes")
+        if frames or save:
+            raise BadInput(f"{source}: a results file; --frames and --save are for detectors")
+        truth = eval_nuscenes.read_truth(data_root[0], splits or ("val",), c.version)
+        results = eval_nuscenes.read_results(source, truth)
+    else:
+        model, c, trained_on = load_mono_run(source, run.device)
+        own = {"data_root": data_root, "eval_root": ()} if data_root else {}
+        own |= {"eval_splits": splits or c.eval_splits or ("val",), "version": version or c.version}
+        own |= {"skip_missing": skip_missing or c.skip_missing}
+        c = dataclasses.replace(c, **own)
+        if c.dataset == "nuscenes" and len(c.eval_root or c.data_root) > 1:
+            raise BadInput("--data-root: one folder of nuScenes")
+        chosen, notes = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits)
+        chosen = data_mono3d.few_samples(chosen, c.eval_frames if frames is None else frames)
+        seen = len(trained_on & set(data_mono3d.inventory(chosen)))
+        if seen:
+            notes.append(
+                f"note: {source} was trained on {seen} of these {len(chosen)} images: its figures will flatter"
+            )
+        if notes:
+            print("\n".join(notes))
+        truth = eval_mono3d.read_truth(c, chosen)
+        results = find_boxes(model, chosen, truth, c, run, save, drawn)
+    figures = eval_mono3d.evaluate(c, results, truth)
+    print("\n".join(eval_mono3d.report(c, figures, truth)))
+    if json:
+        eval_nuscenes.write_figures(json, figures)
+
+
+def load_mono_run(path, device):
+    """finetune_mono3d's last.pt -> model in eval mode, Config, names and sizes of the files it was trained on.
+
+    Raises BadInput for any other file.
+    """
+    saved = read_checkpoint(path)
+    c = runtime.config_of(saved, finetune_mono3d.Config, path, "finetune_mono3d.py")
+    model = finetune_mono3d.FCOS3D(c)
+    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
+    return model.to(device).eval(), c, set(saved.get("inventory", ()))
+
+
+def find_boxes(model, frames, truth, c, run, save, drawn):
+    """-> results of all samples. With `save`, a folder, they are written there, and pictures of some frames."""
+    pictured = set(data.evenly_spread(range(len(frames)), drawn)) if save else set()
+    if save:
+        make_folder("save", save / "pictures")
+
+    def seen(i, found):
+        if i in pictured:
+            name = frames[i].name.replace("/", "_")
+            eval_mono3d.draw_frame(frames[i], found, c, save / "pictures" / f"{name}.png")
+
+    samples = list(data_mono3d.samples_of(frames).items())
+    found = eval_mono3d.detect(model, frames, samples, c, run.device, seen)
+    found = list(tqdm(found, "judging", len(samples), dynamic_ncols=True, mininterval=1))
+    results = eval_nuscenes.collect(found, truth)
+    if save:
+        eval_nuscenes.write_results(save / "results.json", results, truth)
+        print(f"wrote results.json and {len(pictured)} pictures into {save}/")
+    return results
+
+
+COMMANDS = {"match": match, "probe": probe, "show": show, "depth": depth, "det3d": det3d, "mono3d": mono3d}
+COMMANDS |= {"export": weights.export}
 
 
 def main():
