@@ -136,7 +136,7 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
     amp: bool = True
-    """bfloat16 autocast on GPUs. Offsets of deformable convolutions, boxes and losses stay in float32."""
+    """bfloat16 autocast on GPUs. Offsets of deformable convolutions, answers, boxes and losses stay in float32."""
     log_every: int = 50
     """Steps between lines of log.jsonl."""
     save_every: int = 500
@@ -150,9 +150,9 @@ PRESETS = {
         "Built-in scenes, ResNet-18, minutes on two CPU cores.",
         Config(
             name="mono3d_demo", dataset="kitti", data_root=("data/synthetic",), synthetic_frames=64, workers=1,
-            image_scale=(416, 128), image_encoder="resnet18", deformable=False, freeze=False, width=64,
-            ranges=(32.0, 64.0, 128.0, 256.0), first_depth=20.0, batch_size=4, group=4, max_steps=300,
-            optimizer="adamw", lr=1e-3, warm_up=30, clip=10.0, log_every=10, save_every=100,
+            image_scale=(320, 96), image_encoder="resnet18", deformable=False, freeze=False, width=64,
+            ranges=(32.0, 64.0, 128.0, 256.0), first_depth=20.0, batch_size=4, group=4, max_steps=180,
+            optimizer="adamw", lr=3e-3, warm_up=18, clip=10.0, log_every=10, save_every=60,
         ),
     ),
     "kitti": (
@@ -206,11 +206,15 @@ class Scale(nn.Module):
 
 
 def branch(width, *widths):
-    layers, cin = [], width
-    for cout in widths:
-        layers.append(NormedConv(cin, cout))
-        cin = cout
+    """Convolutions one after another, the first of `width` channels; none is fine, too."""
+    layers = [NormedConv(cin, cout) for cin, cout in zip((width, *widths), widths)]
     return nn.Sequential(*layers)
+
+
+def answer(conv, x):
+    """The last convolution of a branch, in float32: bfloat16 would leave depth in steps of more than 1 %."""
+    with torch.autocast(x.device.type, enabled=False):
+        return conv(x.to(conv.weight.dtype))
 
 
 class FCOSMono3DHead(nn.Module):
@@ -248,7 +252,7 @@ class FCOSMono3DHead(nn.Module):
 
     def forward(self, maps):
         levels = [self.answers(x, scales) for x, scales in zip(maps, self.scales)]
-        flat = lambda x: x.permute(0, 2, 3, 1).flatten(1, 2).float()  # (B, cells, n)
+        flat = lambda x: x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, cells, n)
         said = {name: torch.cat([flat(level[name]) for level in levels], 1) for name in levels[0]}
         said["depth"], said["size"] = said["depth"].exp(), said["size"].exp()
         return said
@@ -260,15 +264,15 @@ class FCOSMono3DHead(nn.Module):
             classes = layer(classes)
         for layer in self.reg_convs:
             box = layer(box)
-        said = {"scores": self.conv_cls(self.conv_cls_prev(classes))}
+        said = {"scores": answer(self.conv_cls, self.conv_cls_prev(classes))}
         for name, before, conv in zip(self.parts, self.conv_reg_prevs, self.conv_regs):
-            said[name] = conv(before(box))
+            said[name] = answer(conv, before(box))
         for name, scale in zip(("offset", "depth", "size"), scales):
-            said[name] = scale(said[name].float())
-        said["direction"] = self.conv_dir_cls(self.conv_dir_cls_prev(box))
+            said[name] = scale(said[name])
+        said["direction"] = answer(self.conv_dir_cls, self.conv_dir_cls_prev(box))
         if hasattr(self, "conv_attr"):
-            said["attributes"] = self.conv_attr(self.conv_attr_prev(classes))
-        said["centreness"] = self.conv_centerness(self.conv_centerness_prev(box))
+            said["attributes"] = answer(self.conv_attr, self.conv_attr_prev(classes))
+        said["centreness"] = answer(self.conv_centerness, self.conv_centerness_prev(box))
         return said
 
 
