@@ -1,9 +1,10 @@
 """Figures of a pre-trained model on frames that it was never trained on: `match` and `probe`, and their tables.
 
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
-feature is ranked among all of the frame's by its similarity to the place's point feature. It asks twice, of the right
-image and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the pixel's
-position alone, which lowers both. Only the gap between the two is what the network sees in the image.
+feature is to be found among all of the frame's by its similarity to the place's point feature. It asks twice, of the
+right image and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the
+pixel's position alone, which helps in both. Only the gain, the cross-entropy with another's image less that with the
+right one, is what the network sees in the image.
 
 `probe` fits a ridge regression of log-depth on frozen features at the pixels of LiDAR points. Position, which every row
 has for free, explains most of it, and a network trained on wrong pairs lifts it nearly as much as one trained on true
@@ -15,8 +16,8 @@ Both are functions of a model (simipu.SimIPU) and frames.
 import copy
 import dataclasses
 import itertools
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,32 +87,77 @@ def image_input(batch):
 # matching on frames never trained on
 
 
-def ranks(query, key, temperature):
-    """How well each query (n, D) points out its own key (n, D) among all; both are l2-normalised here.
+# Inverse temperatures that a frame's cosines are read with, eight an octave. 0 reads nothing, and scores chance.
+SHARPNESS = (0.0, *(2 ** (i / 8) for i in range(-16, 57)))
+INTERVAL = 1000  # draws of frames, with replacement, behind the interval of the gain
+POSITION_RIDGE = 0.1  # strength, on standardised features, of the regression behind `position_entropies`
 
-    -> (3, n): the share of the other keys that beat it, in percent, equals sharing a rank; 1 where none does, and a tie
-    is no success; cross-entropy less its chance level ln n.
+
+class Answers(NamedTuple):
+    """What a frame's n places answered, on the CPU."""
+
+    ranks: torch.Tensor  # (2, n) of `ranks`
+    entropy: torch.Tensor  # (len(SHARPNESS),) of `entropy_sums`
+
+
+class Positions(NamedTuple):
+    """A frame's n places for `position_entropies`, on the CPU."""
+
+    query: torch.Tensor  # (n, D) point features, l2-normalised
+    uv: torch.Tensor  # (n, 2) pixels
+
+
+def answers(query, key):
+    """How well each query (n, D) points out its own key (n, D) among all; both are l2-normalised here. -> Answers."""
+    cosine = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T  # (n, n)
+    return Answers(ranks(cosine), entropy_sums(cosine))
+
+
+def ranks(cosine):
+    """Of each row's own column among all, by cosine (n, n).
+
+    -> (2, n): the share of the other columns that beat it, in percent, equals sharing a rank; 1 where none does, and a
+    tie is no success.
     """
-    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature  # (n, n)
-    n = len(logits)
-    own = logits.diagonal()[:, None]
-    better, equal = (logits > own).sum(1), (logits == own).sum(1)  # its own key is among the equal ones
-    beaten_by = (better + (equal - 1) / 2) / max(n - 1, 1)
+    own = cosine.diagonal()[:, None]
+    better, equal = (cosine > own).sum(1), (cosine == own).sum(1)  # its own column is among the equal ones
+    beaten_by = (better + (equal - 1) / 2) / max(len(cosine) - 1, 1)
     top1 = (better + equal == 1).float()
-    entropy = F.cross_entropy(logits, torch.arange(n, device=logits.device), reduction="none")
-    return torch.stack([100 * beaten_by, top1, entropy - math.log(n)]).cpu()
+    return torch.stack([100 * beaten_by, top1]).cpu()
+
+
+def entropy_sums(logits):
+    """Cross-entropy of the rows' own columns, logits (n, n), summed over rows, at each of SHARPNESS: (74,) float64."""
+    own = torch.arange(len(logits), device=logits.device)
+    sums = [F.cross_entropy(sharpness * logits, own, reduction="sum") for sharpness in SHARPNESS]
+    return torch.stack(sums).double().cpu()
+
+
+def distinct(places):
+    """Indices of places (n, 3), in order, less those at a spot that came before: the point encoder keeps some points
+    twice, and nobody could tell such twins apart.
+    """
+    _, first = np.unique(places.cpu().numpy(), axis=0, return_index=True)
+    return torch.from_numpy(np.sort(first)).to(places.device)
 
 
 @torch.no_grad()
 def match(model, frames, c, device):
     """Does a place point out its own pixel, and its own partner in the other view, on these frames (two or more)?
 
-    -> dict of, for `right` (the frame's image) and `wrong` (another frame's image at the same pixels): _rank, the
-    median over places of the share of candidates, the frame's places, that beat the true one, in percent (50 is chance,
-    0 perfect); _top1, the share of places whose true one is the best; _excess, mean cross-entropy less its chance level
-    ln(candidates). `gap` is wrong_rank - right_rank, in points, and `gap_interval` its 95 % interval over frames
-    (bootstrap). The same three for `intra`, against the matched places of the other view. A branch that the model lacks
-    has no figures.
+    -> dict of `gain`, nats, mean cross-entropy with another frame's image at the same pixels less that with the right
+    image, and `gain_interval`, its 95 % interval over frames (bootstrap); `chance`, mean ln(candidates), of a frame's
+    places that differ; for `right` (the frame's image) and `wrong` (another's): _excess, mean cross-entropy less its
+    chance level; _rank, the median over places of the share of candidates that beat the true one, in percent (50 is
+    chance, 0 perfect); _top1, the share of places whose true one is the best. `gap` is wrong_rank - right_rank, in
+    points, with `gap_interval`. `position_excess` is that of a reader who knows the point features, and of each pixel
+    nothing but where it lies (`position_entropies`). The three figures of `intra` are against the matched places of the
+    other view. `per_frame`: lists, a number for each frame: its places, and the sums over them of the cross-entropies
+    right, wrong and position, nats. A branch that the model lacks has no figures.
+
+    Cosines are divided by a temperature before a cross-entropy is taken: by one for right and wrong alike, and that is
+    the one that is best for both together on the other half of the frames (even ones, odd ones). So neither the
+    run's own temperature nor over-confidence decides.
 
     Deterministic. The other image is that of a frame half the list away, for neighbours may be near copies. Only two
     frames are held at a time.
@@ -134,76 +180,167 @@ def match(model, frames, c, device):
 
 def match_frame(model, batch, own_map, other_map, c):
     """The question of `match` for a batch of one frame, of its own image's feature map (1, C, h, w) and another's. ->
-    {"right", "wrong", "intra": (3, n) of `ranks`, for n places}, without those that the model has no branch for.
+    {"right", "wrong", "intra": Answers, "position": Positions}, without those that the model has no branch for.
     """
     found = {}
     views = torch.cat([batch["alpha"], batch["beta"]]) if c.intra_weight else batch["alpha"]
     places, features = model.pts_backbone(views)
+    differ = distinct(places[0])
     if c.inter_weight:
         height, width = batch["image"].shape[2:]
         uv, depth = data.project(places[:1], batch["lidar2img"])
         seen = data.inside_image(uv, depth, width, height)[0]
-        query = model.mlp_cross_points(features[0][seen])
+        asked = differ[seen[differ]]
+        query = model.mlp_cross_points(features[0][asked])
         for which, feature_map in (("right", own_map), ("wrong", other_map)):
             sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
-            found[which] = ranks(query, model.mlp_cross_img(sampled[seen]), c.temperature)
+            found[which] = answers(query, model.mlp_cross_img(sampled[asked]))
+        found["position"] = Positions(F.normalize(query, dim=1).cpu(), uv[0][asked].cpu())
     if c.intra_weight:
         everywhere = torch.ones(1, c.places)
         partner = model.match(places[:1], places[1:], batch["T"], everywhere)()[0][0]
         query, key = model.mlp_intro_points(features[0]), model.mlp_intro_points(features[1])[partner]
-        found["intra"] = ranks(query, key, c.temperature)
+        found["intra"] = answers(query[differ], key[differ])
     return found
 
 
 def match_figures(found):
     """{frame: result of `match_frame`}, of all frames from 0 on -> result of `match`, rounded to four digits."""
-    figures = {"frames": len(found)}
-    for which in found[0]:
-        all_places = torch.cat([frame[which] for frame in found.values()], 1)
-        _, top1, excess = all_places.mean(1).tolist()
-        figures[f"{which}_rank"] = median_rank(found, which, found)
-        figures[f"{which}_top1"] = top1
-        figures[f"{which}_excess"] = excess
-    if "right" in found[0]:
-        rng = np.random.default_rng(0)
-        draws = [rng.integers(len(found), size=len(found)) for _ in range(200)]
-        gaps = [median_rank(found, "wrong", draw) - median_rank(found, "right", draw) for draw in draws]
+    frames = [found[i] for i in range(len(found))]
+    figures, per_frame = {"frames": len(frames)}, {}
+    rng = np.random.default_rng(0)
+    if "right" in frames[0]:
+        places = places_of(frames, "right")
+        right, wrong = tempered([entropies_of(frames, which) for which in ("right", "wrong")])
+        (position,) = tempered([position_entropies([frame["position"] for frame in frames])])
+        per_frame = {"places": places, "right": right, "wrong": wrong, "position": position}
+        draws = rng.integers(len(frames), size=(INTERVAL, len(frames)))
+        gains = (wrong - right)[draws].sum(1) / places[draws].sum(1)
+        figures["gain"] = (wrong - right).sum() / places.sum()
+        figures["gain_interval"] = np.percentile(gains, [2.5, 97.5])
+        figures["chance"] = chance_sums(places).sum() / places.sum()
+        figures |= judged_answers(frames, "right", right) | judged_answers(frames, "wrong", wrong)
+        figures["position_excess"] = excess(position, places)
+        gaps = [median_rank(found, "wrong", draw) - median_rank(found, "right", draw) for draw in draws[:200]]
         figures["gap"] = figures["wrong_rank"] - figures["right_rank"]
-        figures["gap_interval"] = np.percentile(gaps, [2.5, 97.5]).tolist()
-    for key, value in figures.items():
-        figures[key] = [round(x, 4) for x in value] if isinstance(value, list) else round(value, 4)
-    return figures
+        figures["gap_interval"] = np.percentile(gaps, [2.5, 97.5])
+    if "intra" in frames[0]:
+        figures |= judged_answers(frames, "intra", *tempered([entropies_of(frames, "intra")]))
+    rounded = {key: np.round(value, 4).tolist() for key, value in figures.items()}
+    if per_frame:
+        rounded["per_frame"] = {key: np.round(value, 4).tolist() for key, value in per_frame.items()}
+    return rounded
+
+
+def judged_answers(frames, which, entropy):
+    """The three figures of `which`, of all frames' Answers and their cross-entropies (F,), sums over places."""
+    every = torch.cat([frame[which].ranks for frame in frames], 1)
+    return {
+        f"{which}_excess": excess(entropy, places_of(frames, which)),
+        f"{which}_rank": every[0].median().item(),
+        f"{which}_top1": every[1].mean().item(),
+    }
+
+
+def places_of(frames, which):
+    """How many places of each frame were asked: (F,)."""
+    return np.array([frame[which].ranks.shape[1] for frame in frames])
+
+
+def entropies_of(frames, which):
+    """(F, len(SHARPNESS)) cross-entropies, sums over a frame's places."""
+    return torch.stack([frame[which].entropy for frame in frames]).numpy()
+
+
+def excess(entropy, places):
+    """Mean cross-entropy less its chance level, of sums over frames' places (F,) and their numbers (F,)."""
+    return (entropy - chance_sums(places)).sum() / places.sum()
+
+
+def chance_sums(places):
+    """Cross-entropy of knowing nothing, summed over so many places (F,)."""
+    return places * np.log(np.maximum(places, 1))
+
+
+def halves(count):
+    """So many frames in two halves, to fit on one and score on the other: pairs of indices (fitted, scored)."""
+    even, odd = np.arange(0, count, 2), np.arange(1, count, 2)
+    return (odd, even), (even, odd)
+
+
+def tempered(curves):
+    """Cross-entropies after one temperature, that which is best for all curves together on the other half of the
+    frames. curves: (F, len(SHARPNESS)) each -> (F,) each.
+    """
+    together = sum(curves)
+    out = [np.zeros(len(together)) for _ in curves]
+    for fitted, scored in halves(len(together)):
+        best = together[fitted].sum(0).argmin()
+        for values, curve in zip(out, curves):
+            values[scored] = curve[scored, best]
+    return out
+
+
+def position_entropies(frames):
+    """What can be told without any image: cross-entropies (F, len(SHARPNESS)), sums over a frame's places, of a reader
+    who knows the network's point features, and of each pixel nothing but where it lies.
+
+    frames: Positions each. On one half of the frames the pixels' u and v are regressed, by a ridge, on point features;
+    on the other a place is taken to lie around what the regression says, with the variance of its errors, and its
+    candidates compete by that.
+    """
+    out = np.zeros((len(frames), len(SHARPNESS)))
+    for fitted, scored in halves(len(frames)):
+        query = torch.cat([frames[i].query for i in fitted]).double()
+        uv = torch.cat([frames[i].uv for i in fitted]).double()
+        ones = query.new_ones(len(query), 1)
+        weights, variances = [], []
+        for axis in (0, 1):
+            Z = torch.cat([ones, query, uv[:, axis : axis + 1]], 1)
+            weight = ridge(Z.T @ Z, 1, [POSITION_RIDGE])[POSITION_RIDGE]
+            error = uv[:, axis] - Z[:, :-1] @ weight
+            weights.append(weight)
+            variances.append(error.square().mean().clamp(min=1.0))  # a pixel at least
+        weight, variance = torch.stack(weights, 1), torch.stack(variances)
+        for i in scored:
+            expected = weight[0] + frames[i].query.double() @ weight[1:]  # (n, 2)
+            distance = ((expected[:, None] - frames[i].uv) ** 2 / variance).sum(2)  # (n, n)
+            out[i] = entropy_sums(-distance / 2).numpy()
+    return out
 
 
 def median_rank(found, which, frames):
     """Over all places of these frames, one that is named twice counting twice."""
-    return torch.cat([found[int(i)][which][0] for i in frames]).median().item()
+    return torch.cat([found[int(i)][which].ranks[0] for i in frames]).median().item()
 
 
 def match_table(rows):
     """Lines of text for {name: result of `match`}."""
     width = max(map(len, rows))
-    frames = next(iter(rows.values()))["frames"]
-    of = "median rank of the true one among a frame's places (0 best, 50 % chance), top1, cross-entropy less chance"
+    first = next(iter(rows.values()))
+    chance = f" (chance: {first['chance']:.2f})" if "chance" in first else ""
+    titles = "", "gain (95 %)", "right image", "another's image", "position", "other view's"
     lines = [
-        f"matching on {frames} frames: {of}",
-        f"{'':>{width}}        right image            another's image      gap in rank (95 %)    other view's places",
+        f"matching on {first['frames']} frames; gain: cross-entropy with another's image less that with the right one",
+        f"    in nats{chance}; then cross-entropy less chance, median rank (0 best, 50 % chance), top1",
+        "{:{}} {:^22} {:^22}  {:^22} {:^8} {:^22}".format(titles[0], width, *titles[1:]).rstrip(),
     ]
     for name, figures in rows.items():
         right, wrong, intra = (_match_cell(figures, which) for which in ("right", "wrong", "intra"))
-        gap = "-"
-        if "gap" in figures:
-            low, high = figures["gap_interval"]
-            gap = f"{figures['gap']:5.1f} ({low:.1f} to {high:.1f})"
-        lines.append(f"{name:>{width}} {right} {wrong}  {gap:^22}{intra}")
+        gain, position = "-", "-"
+        if "gain" in figures:
+            low, high = figures["gain_interval"]
+            gain = f"{figures['gain']:.2f} ({low:.2f} to {high:.2f})"
+            position = f"{figures['position_excess']:+.2f}"
+        lines.append(f"{name:>{width}} {gain:^22} {right}  {wrong} {position:^8} {intra}")
     return lines
 
 
 def _match_cell(figures, which):
     if f"{which}_rank" not in figures:
-        return f"{'-':>23}"
-    rank, top1, excess = (figures[f"{which}_{figure}"] for figure in ("rank", "top1", "excess"))
-    return f"{rank:6.1f} % {100 * top1:5.1f} % {excess:+6.2f}"
+        return f"{'-':>22}"
+    rank, top1, over = (figures[f"{which}_{figure}"] for figure in ("rank", "top1", "excess"))
+    return f"{over:+6.2f} {rank:5.1f} % {100 * top1:5.1f} %"
 
 
 # -----------------------------------------------------------------------------

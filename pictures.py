@@ -112,11 +112,11 @@ def curve(lines, values, **style):
 
 def draw_curves(log_path, path):
     """Losses with their chance levels, top-1, mean cosines and, if the run was judged more than once, matching on
-    unseen frames, from log.jsonl to a PNG.
+    unseen frames (gain and ranks), from log.jsonl to a PNG.
     """
     lines = read_log(log_path)
     log = [line for line in lines if "lr" in line]
-    judged = [line for line in lines if "gap" in line.get("match", ())]
+    judged = [line for line in lines if "gain" in line.get("match", ())]
     panels = {title: [] for title, *_ in CURVES}
     for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
         if not log or loss not in log[0]:
@@ -125,6 +125,13 @@ def draw_curves(log_path, path):
             values = [factor * line[loss + key] for line in log]
             panels[title].append(curve(log, values, color=colour, ls=dashes, label=loss + label))
     if len(judged) > 1:
+        gained = panels["unseen frames: gain, nats"] = []
+        for values, dashes, label in (
+            ([line["match"]["gain"] for line in judged], "-", "gain"),
+            ([line["match"]["gain_interval"][0] for line in judged], ":", "95 % over frames"),
+            ([line["match"]["gain_interval"][1] for line in judged], ":", None),
+        ):
+            gained.append(curve(judged, values, color="tab:green", ls=dashes, marker="o", ms=3, label=label))
         matched = panels["unseen frames: median rank, %"] = []
         for which, colour, label in (
             ("right", "tab:green", "the right image"),

@@ -657,6 +657,7 @@ def train(c):
             stats = loop.report(epoch, stats)
             losses = [loss for loss in ("intra", "inter") if loss in stats]
             said = [f"{loss} {stats[loss]:.2f} (chance {stats[loss + '_chance']:.2f})" for loss in losses]
+            said += [f"gain {loop.judged['gain']:.2f}"] if "gain" in (loop.judged or ()) else []
             loop.bar.set_postfix_str(", ".join(said))
         if loop.saving:
             # first: a run that is finished by its last.pt has its last backbone.pt, too

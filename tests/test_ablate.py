@@ -25,7 +25,7 @@ def test_ablation_table(run_here, scenes, tmp_path):
     assert status == 0, err
     rows = rows_of(out)
     assert [row[0] for row in rows] == ["random", "SimIPU"]
-    mean, low, high = (float(x) for x in rows[1][1].replace("(", "").replace(")", "").split() if x != "to")
+    mean, low, high = (float(x) for x in rows[1][2].replace("(", "").replace(")", "").split() if x != "to")
     folders = [tmp_path / "out" / "t" / "SimIPU" / str(seed) for seed in (0, 1)]
     ranks = [log_of(folder)[-1]["match"]["right_rank"] for folder in folders]
     assert mean == pytest.approx(sum(ranks) / 2, abs=0.051)
@@ -120,4 +120,4 @@ def test_row():
     """mean (smallest to largest), a dash where no run has the figure."""
     found = [{"intra_rank": 1.0, "intra_top1": 0.5}, {"intra_rank": 2.0, "intra_top1": 0.25}]
     row = ablate.row("x", found, ablate.TASKS["match"])
-    assert row == "| x | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"
+    assert row == "| x | – | – | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"
