@@ -136,6 +136,10 @@ class Config:
     """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as
     many.
     """
+    point_features: tuple[Literal["reflectance", "height", "shape"], ...] = ("reflectance",)
+    """What the point encoder's first layer sees of a point, one or several. The release: reflectance. height: z, of the
+    view. shape: linearity, planarity, scattering and the normal's |z| of the nearest 16 points, the same in both views.
+    """
     use_xyz: bool = False
     """Group neighbours with their relative position as features (PointNet++), at several times the cost. The release
     does not.
@@ -422,7 +426,7 @@ class SimIPU(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.pts_backbone = PointEncoder(c.places, c.use_xyz)
+        self.pts_backbone = PointEncoder(c.places, c.use_xyz, c.point_features)
         if c.intra_weight:
             self.mlp_intro_points = ProjectionHead(AGGREGATION[-1], c.point_hidden, c.embed_dim)
         else:
@@ -571,6 +575,10 @@ def check_config(c, world):
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
+    if not c.point_features:
+        raise BadInput("--point-features: nothing given")
+    if len(set(c.point_features)) < len(c.point_features):
+        raise BadInput(f"--point-features {' '.join(c.point_features)}: give each once")
     data.check_image_scale(c.image_scale)
     if not c.inter_weight and not c.intra_weight:
         raise BadInput("--inter-weight 0: with --intra-weight 0 there is nothing to learn")

@@ -41,6 +41,8 @@ from files import BadInput
         (["--image-scale", 640], ["--image-scale 640"]),
         (["--image-scale", 2400, 720, 640, 192], ["--image-scale 2400 720 640 192"]),
         (["--log-every", 0], ["--log-every 0"]),
+        (["--point-features"], ["--point-features: nothing given"]),
+        (["--point-features", "height", "height"], ["--point-features height height: give each once"]),
         (["--crop", 1.0, 0.5], ["--crop 1.0 0.5"]),
         (["--crop", 0.01, 1.0], ["--crop 0.01 1.0"]),
         (["--shift", 0, -0.2], ["--shift 0.0 -0.2"]),
