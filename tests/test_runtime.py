@@ -43,6 +43,7 @@ from files import BadInput
         (["--log-every", 0], ["--log-every 0"]),
         (["--point-features"], ["--point-features: nothing given"]),
         (["--point-features", "height", "height"], ["--point-features height height: give each once"]),
+        (["--position-negatives", 1, "--inter-query", "image"], ["--position-negatives 1: point queries"]),
         (["--crop", 1.0, 0.5], ["--crop 1.0 0.5"]),
         (["--crop", 0.01, 1.0], ["--crop 0.01 1.0"]),
         (["--shift", 0, -0.2], ["--shift 0.0 -0.2"]),
