@@ -168,6 +168,18 @@ def cells(encoder, uv, at=-1):
     return (uv - encoder.offsets[at]) / encoder.strides[at]
 
 
+def sample_stages(encoder, maps, uv, stages):
+    """An encoder's maps at pixels uv (B, n, 2): the features of its stages (4: the last map, 3: the one before), side
+    by side, (B, n, C).
+    """
+    return torch.cat([ops.bilinear_sample(maps[s - 5], cells(encoder, uv, s - 5)) for s in stages], -1)
+
+
+def width_of(encoder, stages):
+    """Channels of `sample_stages`."""
+    return sum(encoder.map_channels[s - 5] for s in stages)
+
+
 # -----------------------------------------------------------------------------
 # feature pyramid, with the names of mmcv and mmdetection
 

@@ -164,7 +164,7 @@ def match(model, frames, c, device):
     """
     unseen = Unseen(frames, c, device)
     model = recalibrated(model, unseen.first_groups(), False)
-    encode = lambda batch: model.img_backbone(image_input(batch))[-1] if c.inter_weight else None
+    encode = lambda batch: model.img_backbone(image_input(batch)) if c.inter_weight else None
 
     found = {}  # frame: result of `match_frame`
     half = -(-len(frames) // 2)
@@ -178,8 +178,8 @@ def match(model, frames, c, device):
     return match_figures(found)
 
 
-def match_frame(model, batch, own_map, other_map, c):
-    """The question of `match` for a batch of one frame, of its own image's feature map (1, C, h, w) and another's. ->
+def match_frame(model, batch, own_maps, other_maps, c):
+    """The question of `match` for a batch of one frame, of its own image's maps, (1, C, h, w) each, and another's. ->
     {"right", "wrong", "intra": Answers, "position": Positions}, without those that the model has no branch for.
     """
     found = {}
@@ -192,8 +192,8 @@ def match_frame(model, batch, own_map, other_map, c):
         seen = data.inside_image(uv, depth, width, height)[0]
         asked = differ[seen[differ]]
         query = model.mlp_cross_points(features[0][asked])
-        for which, feature_map in (("right", own_map), ("wrong", other_map)):
-            sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
+        for which, maps in (("right", own_maps), ("wrong", other_maps)):
+            sampled = encoders.sample_stages(model.img_backbone, maps, uv, c.inter_stages)[0]
             found[which] = answers(query, model.mlp_cross_img(sampled[asked]))
         found["position"] = Positions(F.normalize(query, dim=1).cpu(), uv[0][asked].cpu())
     if c.intra_weight:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
 import data
-import encoders
 import ops_triton as ops
 from files import BadInput, read_log, writing
 
@@ -254,18 +253,17 @@ def dense_embedding(model, image, step=STEP):
     """Eq. 7's image features, l2-normalised, on a grid of pixels: image (1, 3, H, W) -> (h, w, D), where cell (i, j) is
     what a place at pixel u = step j, v = step i would be compared with.
     """
-    feature_map = model.img_backbone(image)[-1]
+    maps = model.img_backbone(image)
     rows, columns = (torch.arange(0, edge, step, device=image.device) for edge in image.shape[2:])
     v, u = torch.meshgrid(rows, columns, indexing="ij")  # (h, w)
     uv = torch.stack([u, v], -1).view(1, -1, 2).float()
-    features = [_pixel_features(model, feature_map, part) for part in uv.split(8192, dim=1)]  # for the memory's sake
+    features = [_pixel_features(model, maps, part) for part in uv.split(8192, dim=1)]  # for the memory's sake
     return torch.cat(features).view(*u.shape, -1)
 
 
-def _pixel_features(model, feature_map, uv):
+def _pixel_features(model, maps, uv):
     """Eq. 7's image features at pixels uv (1, n, 2), l2-normalised: (n, D)."""
-    sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
-    return F.normalize(model.mlp_cross_img(sampled), dim=1)
+    return F.normalize(model.mlp_cross_img(model.at_pixels(maps, uv)[0]), dim=1)
 
 
 def on_image(grid, step, height, width):
@@ -316,7 +314,7 @@ def embed(model, view):
     out = {"places": places[0], "places_beta": places[1], "uv": uv[0], "depth": depth[0], "visible": visible[0]}
     if hasattr(model, "mlp_cross_img"):
         out["point"] = F.normalize(model.mlp_cross_points(features[0]), dim=1)
-        out["pixel"] = _pixel_features(model, model.img_backbone(image)[-1], uv)
+        out["pixel"] = _pixel_features(model, model.img_backbone(image), uv)
         out["grid"] = dense_embedding(model, image)
     if hasattr(model, "mlp_intro_points"):
         both = F.normalize(model.mlp_intro_points(features.flatten(0, 1)), dim=1)

@@ -56,7 +56,6 @@ import data_kitti
 import data_nuscenes
 import encoders
 import eval_match
-import ops_triton as ops
 import pictures
 import runtime
 import synthetic
@@ -144,6 +143,10 @@ class Config:
     use_xyz: bool = False
     """Group neighbours with their relative position as features (PointNet++), at several times the cost. The release
     does not.
+    """
+    inter_stages: tuple[Literal[1, 2, 3, 4], ...] = (4,)
+    """Stages of the image encoder whose features Eq. 7 compares, side by side: 4 is the last (stride 32), 3 the one
+    before (stride 16).
     """
     point_hidden: int = 1024
     """Width of the point projection heads."""
@@ -460,7 +463,8 @@ class SimIPU(nn.Module):
         if c.inter_weight:
             self.img_backbone = build_image_encoder(c.image_encoder)
             self.mlp_cross_points = ProjectionHead(AGGREGATION[-1], c.point_hidden, c.embed_dim)
-            self.mlp_cross_img = ProjectionHead(self.img_backbone.channels, c.image_hidden, c.embed_dim)
+            seen = encoders.width_of(self.img_backbone, c.inter_stages)
+            self.mlp_cross_img = ProjectionHead(seen, c.image_hidden, c.embed_dim)
             if c.inter_query == "image":
                 self.mlp_cross_points.requires_grad_(False)
 
@@ -468,15 +472,18 @@ class SimIPU(nn.Module):
         """match_in_background, as the run's --matching says."""
         return match_in_background(alpha, beta, T, visible, self.c.matching)
 
-    def at_same_pixels(self, feature_map, uv, rows):
+    def at_pixels(self, maps, uv):
+        """What Eq. 7 takes from the image encoder's maps at pixels uv (B, n, 2): (B, n, C), for mlp_cross_img."""
+        return encoders.sample_stages(self.img_backbone, maps, uv, self.c.inter_stages)
+
+    def at_same_pixels(self, maps, uv, rows):
         """What the other images of a pass show where the pairs' own pixels are: (n, B - 1, embed_dim), of the n rows of
         uv (B, P, 2) that count. In a pass of their own, so that the pairs' batch norm is what it is without.
         """
         found = []
         for shift in range(1, len(uv)):
-            other = feature_map.roll(shift, 0)
-            sampled = ops.bilinear_sample(other, encoders.cells(self.img_backbone, uv))
-            found.append(sampled.flatten(0, 1)[rows])
+            others = [feature_map.roll(shift, 0) for feature_map in maps]
+            found.append(self.at_pixels(others, uv).flatten(0, 1)[rows])
         with without_a_trace(self.mlp_cross_img):
             embedded = self.mlp_cross_img(torch.cat(found))
         return embedded.view(len(found), len(rows), -1).transpose(0, 1)
@@ -497,7 +504,7 @@ class SimIPU(nn.Module):
         # the image encoder runs while threads match
         if c.inter_weight:
             image = batch["image"].contiguous(memory_format=torch.channels_last)
-            feature_map = self.img_backbone(image)[-1]  # (B, C, H / 32, W / 32)
+            maps = self.img_backbone(image)  # (B, C, H / s, W / s), s = 2, 4, 8, 16, 32
 
         # places that the point encoder kept twice have twins among the candidates
         spot = coinciding(places[:B]).flatten() if report or c.drop_twins else None  # (B P,)
@@ -522,11 +529,11 @@ class SimIPU(nn.Module):
             if len(visible_rows) < 2:
                 seen = f"{len(visible_rows)} places of a forward pass lie in its images"
                 raise BadInput(f"{seen}: wrong calibration, or too much of --crop and --shift")
-            f_gamma = ops.bilinear_sample(feature_map, encoders.cells(self.img_backbone, uv))  # (B, P, C)
+            f_gamma = self.at_pixels(maps, uv)  # (B, P, C)
             f_gamma = self.mlp_cross_img(f_gamma.flatten(0, 1)[visible_rows])  # (n, 128)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
-            others = self.at_same_pixels(feature_map, uv, visible_rows) if c.position_negatives else None
+            others = self.at_same_pixels(maps, uv, visible_rows) if c.position_negatives else None
             inter, found = compare(
                 query,
                 key,
@@ -621,10 +628,12 @@ def check_config(c, world):
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
-    if not c.point_features:
-        raise BadInput("--point-features: nothing given")
-    if len(set(c.point_features)) < len(c.point_features):
-        raise BadInput(f"--point-features {' '.join(c.point_features)}: give each once")
+    for flag in ("point_features", "inter_stages"):
+        given, flag = getattr(c, flag), f"--{flag.replace('_', '-')}"
+        if not given:
+            raise BadInput(f"{flag}: nothing given")
+        if len(set(given)) < len(given):
+            raise BadInput(f"{flag} {' '.join(map(str, given))}: give each once")
     data.check_image_scale(c.image_scale)
     if not c.inter_weight and not c.intra_weight:
         raise BadInput("--inter-weight 0: with --intra-weight 0 there is nothing to learn")

@@ -44,6 +44,7 @@ from files import BadInput
         (["--point-features"], ["--point-features: nothing given"]),
         (["--point-features", "height", "height"], ["--point-features height height: give each once"]),
         (["--position-negatives", 1, "--inter-query", "image"], ["--position-negatives 1: point queries"]),
+        (["--inter-stages", 4, 4], ["--inter-stages 4 4: give each once"]),
         (["--crop", 1.0, 0.5], ["--crop 1.0 0.5"]),
         (["--crop", 0.01, 1.0], ["--crop 0.01 1.0"]),
         (["--shift", 0, -0.2], ["--shift 0.0 -0.2"]),

@@ -251,6 +251,17 @@ def test_inter_query_image_is_the_releases_loss(view, base):
     assert not any(id(p) in learning for p in image.model.mlp_cross_points.parameters())
 
 
+def test_stages_that_eq_7_compares(view):
+    """Strides 16 and 32, side by side, each sampled at its own stride."""
+    model = build(tiny(inter_stages=(3, 4)))
+    assert model.mlp_cross_img.layer1[0].in_features == 256 + 512
+    maps = [torch.randn(2, 4, 64 // s, 160 // s) for s in (2, 4, 8, 16, 32)]
+    uv = torch.rand(2, 7, 2) * torch.tensor([159.0, 63.0])
+    by_hand = [ops.bilinear_sample(m, uv / s) for m, s in ((maps[3], 16), (maps[4], 32))]
+    assert torch.equal(model.at_pixels(maps, uv), torch.cat(by_hand, -1))
+    assert gradients(tiny(inter_stages=(2,)), view).norms["img_backbone"] > 0
+
+
 def test_position_negatives_equal_their_transcription(view):
     """Pixel by pixel: each place has the other image's feature at its own pixel as one more candidate, counted W times.
     The pairs' own features, and the running statistics of batch norm, are those of a run without.
@@ -320,7 +331,7 @@ def owned(optimizers):
         {"inter_weight": 0.0},
         {"inter_query": "image"},
         {"use_xyz": True},
-        {"position_negatives": 1.0},
+        {"position_negatives": 1.0, "inter_stages": (3, 4)},
         {"image_optimizer": "adamw"},
     ],
 )
