@@ -90,7 +90,9 @@ def image_input(batch):
 # Inverse temperatures that a frame's cosines are read with, eight an octave. 0 reads nothing, and scores chance.
 SHARPNESS = (0.0, *(2 ** (i / 8) for i in range(-16, 57)))
 INTERVAL = 1000  # draws of frames, with replacement, behind the interval of the gain
-POSITION_RIDGE = 0.1  # strength, on standardised features, of the regression behind `position_entropies`
+POSITION_DEGREE = 4  # of the polynomial in (u, v) that the reader of `position_entropies` knows of a pixel
+POSITION_PENALTY = 5.0  # on its squared weights, beside sums of cross-entropies
+POSITION_PLACES = 128  # of a frame, at most, that it is fitted on
 
 
 class Answers(NamedTuple):
@@ -101,10 +103,10 @@ class Answers(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """A frame's n places for `position_entropies`, on the CPU."""
+    """What the reader of `position_entropies` knows of a frame's n places, float64 on the CPU."""
 
-    query: torch.Tensor  # (n, D) point features, l2-normalised
-    uv: torch.Tensor  # (n, 2) pixels
+    query: torch.Tensor  # (n, 1 + D) a constant, and the point features in D dimensions, of length sqrt(D)
+    where: torch.Tensor  # (n, 15) of `positions`, of their pixels
 
 
 def answers(query, key):
@@ -175,7 +177,7 @@ def match(model, frames, c, device):
         found[i] = match_frame(model, batches[0], maps[0], maps[1], c)
         if j >= half:  # the odd one out is paired with frame 0, which has been asked
             found[j] = match_frame(model, batches[1], maps[1], maps[0], c)
-    return match_figures(found)
+    return match_figures(found, device)
 
 
 def match_frame(model, batch, own_maps, other_maps, c):
@@ -195,7 +197,10 @@ def match_frame(model, batch, own_maps, other_maps, c):
         for which, maps in (("right", own_maps), ("wrong", other_maps)):
             sampled = encoders.sample_stages(model.img_backbone, maps, uv, c.inter_stages)[0]
             found[which] = answers(query, model.mlp_cross_img(sampled[asked]))
-        found["position"] = Positions(F.normalize(query, dim=1).cpu(), uv[0][asked].cpu())
+        constant = query.new_ones(len(query), 1)
+        unit = F.normalize(query, dim=1) * query.shape[1] ** 0.5
+        where = positions(uv[0][asked].cpu(), width, height, POSITION_DEGREE)
+        found["position"] = Positions(torch.cat([constant, unit], 1).double().cpu(), where)
     if c.intra_weight:
         everywhere = torch.ones(1, c.places)
         partner = model.match(places[:1], places[1:], batch["T"], everywhere)()[0][0]
@@ -204,7 +209,7 @@ def match_frame(model, batch, own_maps, other_maps, c):
     return found
 
 
-def match_figures(found):
+def match_figures(found, device="cpu"):
     """{frame: result of `match_frame`}, of all frames from 0 on -> result of `match`, rounded to four digits."""
     frames = [found[i] for i in range(len(found))]
     figures, per_frame = {"frames": len(frames)}, {}
@@ -212,7 +217,7 @@ def match_figures(found):
     if "right" in frames[0]:
         places = places_of(frames, "right")
         right, wrong = tempered([entropies_of(frames, which) for which in ("right", "wrong")])
-        (position,) = tempered([position_entropies([frame["position"] for frame in frames])])
+        (position,) = tempered([position_entropies([frame["position"] for frame in frames], device)])
         per_frame = {"places": places, "right": right, "wrong": wrong, "position": position}
         draws = rng.integers(len(frames), size=(INTERVAL, len(frames)))
         gains = (wrong - right)[draws].sum(1) / places[draws].sum(1)
@@ -281,32 +286,43 @@ def tempered(curves):
     return out
 
 
-def position_entropies(frames):
+def position_entropies(frames, device="cpu"):
     """What can be told without any image: cross-entropies (F, len(SHARPNESS)), sums over a frame's places, of a reader
     who knows the network's point features, and of each pixel nothing but where it lies.
 
-    frames: Positions each. On one half of the frames the pixels' u and v are regressed, by a ridge, on point features;
-    on the other a place is taken to lie around what the regression says, with the variance of its errors, and its
-    candidates compete by that.
+    frames: Positions each. A place's candidates compete by query W where, bilinear in point features and a polynomial
+    in (u, v). W is fitted to one half of the frames and scored on the other.
     """
+    frames = [Positions(*(part.to(device) for part in frame)) for frame in frames]
     out = np.zeros((len(frames), len(SHARPNESS)))
     for fitted, scored in halves(len(frames)):
-        query = torch.cat([frames[i].query for i in fitted]).double()
-        uv = torch.cat([frames[i].uv for i in fitted]).double()
-        ones = query.new_ones(len(query), 1)
-        weights, variances = [], []
-        for axis in (0, 1):
-            Z = torch.cat([ones, query, uv[:, axis : axis + 1]], 1)
-            weight = ridge(Z.T @ Z, 1, [POSITION_RIDGE])[POSITION_RIDGE]
-            error = uv[:, axis] - Z[:, :-1] @ weight
-            weights.append(weight)
-            variances.append(error.square().mean().clamp(min=1.0))  # a pixel at least
-        weight, variance = torch.stack(weights, 1), torch.stack(variances)
+        weight = fit_positions([frames[i] for i in fitted])
         for i in scored:
-            expected = weight[0] + frames[i].query.double() @ weight[1:]  # (n, 2)
-            distance = ((expected[:, None] - frames[i].uv) ** 2 / variance).sum(2)  # (n, n)
-            out[i] = entropy_sums(-distance / 2).numpy()
+            out[i] = entropy_sums(frames[i].query @ weight @ frames[i].where.T).numpy()
     return out
+
+
+def fit_positions(frames):
+    """The W (1 + D, 15) that makes a ridge and the cross-entropies of these frames' places least."""
+    thinned = []
+    for query, where in frames:
+        step = -(-len(query) // POSITION_PLACES) or 1
+        thinned.append((query[::step], where[::step], torch.arange(len(query[::step]), device=query.device)))
+    query, where, _ = thinned[0]
+    with torch.enable_grad():
+        weight = query.new_zeros(query.shape[1], where.shape[1]).requires_grad_()
+        optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            total = POSITION_PENALTY * weight.square().sum()
+            for query, where, own in thinned:
+                total = total + F.cross_entropy(query @ weight @ where.T, own, reduction="sum")
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+    return weight.detach()
 
 
 def median_rank(found, which, frames):
@@ -423,10 +439,12 @@ def sample_features(encoder, unseen, probed, stage, offset=0):
     return columns
 
 
-def positions(uv, width, height):
-    """All products of powers of (u, v), in [-1, 1], up to DEGREE together. uv (n, 2) pixels -> (n, 21) float64."""
+def positions(uv, width, height, degree=DEGREE):
+    """All products of powers of (u, v), in [-1, 1], up to `degree` together. uv (n, 2) pixels -> float64, (n, 21) of 5,
+    (n, 15) of 4.
+    """
     u, v = (2 * (uv[:, i].double() + 0.5) / size - 1 for i, size in ((0, width), (1, height)))
-    return torch.stack([u**i * v**j for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)], 1)
+    return torch.stack([u**i * v**j for i in range(degree + 1) for j in range(degree + 1 - i)], 1)
 
 
 def standardised(gram, free):

@@ -84,10 +84,10 @@ def test_twins_are_asked_once():
     assert eval_match.distinct(places).tolist() == [0, 1, 3]
 
 
-def frame_of(right, wrong, uv=None):
-    """A frame as `match_frame` gives it, of cosines (n, n) that are made up."""
-    uv = torch.zeros(len(right), 2) if uv is None else uv
-    found = {"position": eval_match.Positions(torch.zeros(len(right), 3), uv)}
+def frame_of(right, wrong):
+    """A frame as `match_frame` gives it, of cosines (n, n) that are made up, all of its places at one pixel."""
+    n = len(right)
+    found = {"position": eval_match.Positions(torch.zeros(n, 3).double(), torch.ones(n, 15).double())}
     for which, cosine in (("right", right), ("wrong", wrong)):
         found[which] = eval_match.Answers(eval_match.ranks(cosine), eval_match.entropy_sums(cosine))
     return found
@@ -121,18 +121,21 @@ def test_a_frame_is_read_with_the_temperature_of_the_others():
 
 
 def test_position_that_the_points_tell():
-    """Where point features say the pixel, to a pixel, the reader of positions knows all; of features that say nothing,
-    nothing.
+    """Where point features tell the fifth of the image, candidates are about as many as pixels in it. Features that tell
+    nothing are no help, however many they are.
     """
     rng = torch.Generator().manual_seed(0)
-    known, guessed = [], []
+    told, untold = [], []
     for _ in range(6):
-        uv = torch.rand(100, 2, generator=rng) * torch.tensor([600.0, 200.0])
-        known.append(eval_match.Positions(torch.cat([uv / 600, torch.ones(100, 1)], 1), uv))
-        guessed.append(eval_match.Positions(torch.randn(100, 3, generator=rng), uv))
-    entropy = lambda frames: eval_match.tempered([eval_match.position_entropies(frames)])[0].sum() / 600
-    assert entropy(known) < 0.2 * math.log(100)
-    assert entropy(guessed) == pytest.approx(math.log(100), abs=0.02)
+        uv = torch.rand(150, 2, generator=rng) * torch.tensor([600.0, 200.0])
+        noise = torch.randn(150, 16, generator=rng).double()
+        constant, column = torch.ones(150, 1).double(), torch.nn.functional.one_hot(uv[:, 0].long() // 120, 5) * 4.0
+        where = eval_match.positions(uv, 600, 200, 4)
+        told.append(eval_match.Positions(torch.cat([constant, column], 1), where))
+        untold.append(eval_match.Positions(torch.cat([constant, noise], 1), where))
+    excess = lambda frames: eval_match.tempered([eval_match.position_entropies(frames)])[0].sum() / 900 - math.log(150)
+    assert -math.log(5) - 0.05 < excess(told) < -0.8
+    assert excess(untold) == pytest.approx(0, abs=0.02)
 
 
 def key(image):
