@@ -103,7 +103,7 @@ class Answers(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """What the reader of `position_entropies` knows of a frame's n places, float64 on the CPU."""
+    """What the reader of `position_entropies` knows of a frame's n places, on the CPU."""
 
     query: torch.Tensor  # (n, 1 + D) a constant, and the point features in D dimensions, of length sqrt(D)
     where: torch.Tensor  # (n, 15) of `positions`, of their pixels
@@ -200,7 +200,7 @@ def match_frame(model, batch, own_maps, other_maps, c):
         constant = query.new_ones(len(query), 1)
         unit = F.normalize(query, dim=1) * query.shape[1] ** 0.5
         where = positions(uv[0][asked].cpu(), width, height, POSITION_DEGREE)
-        found["position"] = Positions(torch.cat([constant, unit], 1).double().cpu(), where)
+        found["position"] = Positions(torch.cat([constant, unit], 1).cpu(), where)
     if c.intra_weight:
         everywhere = torch.ones(1, c.places)
         partner = model.match(places[:1], places[1:], batch["T"], everywhere)()[0][0]
@@ -293,7 +293,7 @@ def position_entropies(frames, device="cpu"):
     frames: Positions each. A place's candidates compete by query W where, bilinear in point features and a polynomial
     in (u, v). W is fitted to one half of the frames and scored on the other.
     """
-    frames = [Positions(*(part.to(device) for part in frame)) for frame in frames]
+    frames = [Positions(*(part.to(device, torch.float64) for part in frame)) for frame in frames]
     out = np.zeros((len(frames), len(SHARPNESS)))
     for fitted, scored in halves(len(frames)):
         weight = fit_positions([frames[i] for i in fitted])

@@ -162,6 +162,21 @@ def draw_depth_curves(log_path, path):
     draw_panels(panels, path)
 
 
+def draw_against_frames(lines, title, path):
+    """{label: {number of frames: figures of all seeds}} -> a PNG: means, with bars from the least to the greatest."""
+    figure = new_figure(6, 4)
+    axis = figure.subplots()
+    for label, line in lines.items():
+        means, least, greatest = (np.array([of(v) for v in line.values()]) for of in (np.mean, np.min, np.max))
+        axis.errorbar(list(line), means, (means - least, greatest - means), label=label, marker="o", capsize=3)
+    axis.set(xscale="log", xlabel="frames pre-trained on", ylabel=title)
+    axis.set_xticks(list(line), list(map(str, line)), minor=False)
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    save_figure(figure, path, dpi=110)
+
+
 def draw_panels(panels, path):
     """{title: [(x, y, style)]}, side by side. Nothing is drawn where there is nothing to draw, as for a finished run
     whose log was deleted.

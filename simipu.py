@@ -94,6 +94,8 @@ class Config:
     """Steps between judgements, each a line in log.jsonl. 0: only after the last step."""
     frame_stride: int = 1
     """Of the raw layout: keep every n-th frame of a drive. Neighbours are near copies; 10 is good advice."""
+    train_frames: int = 0
+    """Train on at most so many frames, evenly spread; 0: on all."""
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
@@ -597,6 +599,7 @@ def load_frames(c, run):
             pool_frames(c, c.data_root, c.splits)
         run.any(False)
     frames, notes = pool_frames(c, c.data_root, c.splits)
+    frames = data.evenly_spread(frames, c.train_frames or len(frames))
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
     roots, flag = c.eval_root or c.data_root, "--eval-splits"
@@ -620,7 +623,9 @@ def check_config(c, world):
     )
     runtime.check_range(c, "point_hidden image_hidden embed_dim", 1, 1e6, "1 or more")
     runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e30, "above 0")
-    runtime.check_range(c, "seed workers max_steps eval_every keep_every synthetic_frames", 0, 1e9, "0 or more")
+    runtime.check_range(
+        c, "seed workers max_steps eval_every keep_every synthetic_frames train_frames", 0, 1e9, "0 or more"
+    )
     runtime.check_range(c, "intra_weight inter_weight translation position_negatives", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "lr_decay", 1e-6, 1, "above 0, and 1 or less")

@@ -1,8 +1,10 @@
 """A table of variants: its figures are those of the runs, runs are not mixed, and what cannot work is said first."""
 
+import dataclasses
 import json
 
 import pytest
+from PIL import Image
 from test_loop import SMALL
 
 import ablate
@@ -37,6 +39,25 @@ def test_ablation_table(run_here, scenes, tmp_path):
     assert status == 1 and "image_lr=0.001, not 0.01; give another --name" in err
 
 
+def test_more_frames(run_here, scenes, tmp_path):
+    """A run for each number of frames, on that many, and a curve; depth from each, beside a start that needs none."""
+    arguments = ["--name", "t", "--only", "SimIPU", "--data-root", scenes, *SMALL, "--max-steps", 1, "--workers", 0]
+    curve = ["--frames", 4, 6, "--curve", tmp_path / "gain.png"]
+    status, out, err = run_here(ablate, "--seeds", 0, *arguments, *curve)
+    assert status == 0 and "wrote" in out, err
+    assert [row[0].split(" `")[0] for row in rows_of(out)] == ["random", "SimIPU, 4 frames", "SimIPU, 6 frames"]
+    for count in (4, 6):
+        assert log_of(tmp_path / "out" / "t" / f"SimIPU_{count}_frames" / "0")[0]["data"]["frames"] == count
+    assert Image.open(tmp_path / "gain.png").width == 660
+    options = ablate.Options(task="depth", labels=(1.0,), inits=("none", "{frames}/{seed}.pt"), frames=(4, 6))
+    variants = ablate.variants_of(options)
+    assert variants["none, 1 of labels"] == "--init none --labels 1"
+    assert variants["4/{seed}.pt, 1 of labels"] == "--init '4/{seed}.pt' --labels 1" and len(variants) == 3
+    found = {(name, seed): {"eigen": {"abs_rel": 0.2}} for name in variants for seed in options.seeds}
+    ablate.draw_curve(dataclasses.replace(options, curve=tmp_path / "depth.png"), found, ablate.TASKS["depth"])
+    assert (tmp_path / "depth.png").exists()
+
+
 def test_wrong_argument_by_subprocess(run_script):
     done = run_script("ablate.py", "--seeds", "x")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--seeds" in done.stderr
@@ -69,6 +90,9 @@ def test_ablation_of_depth(run_here, scenes, tmp_path):
         ("--seeds", "--seeds: nothing given"),
         ("--seeds 0 0", "out/ablation/SimIPU/0: 2 runs would be made there"),
         ("--eval-splits", "--eval-splits: an ablation needs frames to judge on"),
+        ("--only SimIPU --frames 99", "--frames 99: there are 6"),
+        ("--curve x.png", "--curve: give --frames"),
+        ("--task depth --frames 4", "--frames: no {frames} in --inits"),
         ("--max-steps 1", "--max-steps 1: too few for groups of 8"),  # 0 would be as many as --epochs has
     ],
 )

@@ -121,8 +121,8 @@ def test_a_frame_is_read_with_the_temperature_of_the_others():
 
 
 def test_position_that_the_points_tell():
-    """Where point features tell the fifth of the image, candidates are about as many as pixels in it. Features that tell
-    nothing are no help, however many they are.
+    """Where point features tell the fifth of the image, candidates are about as many as places in it. Features that
+    tell nothing are no help, however many they are.
     """
     rng = torch.Generator().manual_seed(0)
     told, untold = [], []
