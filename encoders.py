@@ -175,6 +175,18 @@ def cells(encoder, uv, at=-1):
     return (uv - encoder.offsets[at]) / encoder.strides[at]
 
 
+def sample_stages(encoder, maps, uv, stages):
+    """An encoder's maps at pixels uv (B, n, 2): the features of its stages (4: the last map, 3: the one before), side
+    by side, (B, n, C).
+    """
+    return torch.cat([ops.bilinear_sample(maps[s - 5], cells(encoder, uv, s - 5)) for s in stages], -1)
+
+
+def width_of(encoder, stages):
+    """Channels of `sample_stages`."""
+    return sum(encoder.map_channels[s - 5] for s in stages)
+
+
 # -----------------------------------------------------------------------------
 # feature pyramid, with the names of mmcv and mmdetection
 
@@ -307,6 +319,12 @@ MLPS = (
     ((128, 128, 256), (128, 128, 256), (256, 256, 512)),
 )
 AGGREGATION = (128, 256, 1024)
+HEIGHT_UNIT = 0.3  # on metres: a street's heights to numbers of the size of the other features
+POINT_FEATURES = {  # --point-features: the channels of each
+    "reflectance": ("reflectance",),
+    "height": (f"{HEIGHT_UNIT} z",),
+    "shape": ("linearity", "planarity", "scattering", "|normal z|"),
+}
 
 
 class CountedNormReLU(torch.autograd.Function):
@@ -420,7 +438,8 @@ class SetAbstraction(nn.Module):
 
 
 class PointEncoder(nn.Module):
-    """(B, N, 4) points (x, y, z, reflectance) -> places (B, P, 3) metres, features (B, P, 1024), with P = `places`.
+    """(B, N, 4) points (x, y, z, reflectance), or (B, N, 8) with data.local_shape -> places (B, P, 3) metres, features
+    (B, P, 1024), with P = `places`. point_features: keys of POINT_FEATURES, what the first layer sees of a point.
 
     Sampling (release's `fps_mods`): SA1 keeps 4P points by D-FPS; SA2 keeps P by F-FPS and P by D-FPS; SA3 keeps P/2 of
     the F-FPS half and P/2 of all the others. Two of these need no work. A set in FPS order is its own FPS, so SA2's
@@ -428,18 +447,23 @@ class PointEncoder(nn.Module):
     sees.
     """
 
-    def __init__(self, places, use_xyz=False):
+    def __init__(self, places, use_xyz=False, point_features=("reflectance",)):
         super().__init__()
-        self.places = places
+        self.places, self.point_features = places, point_features
         self.SA_modules, self.aggregation_mlps = nn.ModuleList(), nn.ModuleList()
-        cin = 1  # reflectance
+        cin = sum(len(POINT_FEATURES[name]) for name in point_features)
         for radii, neighbours, mlps, cout in zip(RADII, NEIGHBOURS, MLPS, AGGREGATION):
             self.SA_modules.append(SetAbstraction(cin, radii, neighbours, mlps, use_xyz))
             self.aggregation_mlps.append(PointLayer(sum(m[-1] for m in mlps), cout, dims=1, eps=1e-5))
             cin = cout
 
+    def seen_of(self, points):
+        """What the first layer sees of points: (B, N, cin)."""
+        seen = {"reflectance": points[..., 3:4], "height": HEIGHT_UNIT * points[..., 2:3], "shape": points[..., 4:]}
+        return torch.cat([seen[name] for name in self.point_features], -1)
+
     def forward(self, points):
-        P, xyz, features = self.places, points[..., :3].contiguous(), points[..., 3:].contiguous()
+        P, xyz, features = self.places, points[..., :3].contiguous(), self.seen_of(points)
         for stage, (sa, aggregate) in enumerate(zip(self.SA_modules, self.aggregation_mlps)):
             if stage == 0:
                 index = ops.furthest_point_sample(xyz, 4 * P)  # (B, 4P)

@@ -150,6 +150,7 @@ def match(
     splits: tuple[str, ...] = (),
     frames: int | None = None,
     frame_stride: int = 1,
+    json: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ):
     """Does a place point out its own pixel, on frames of drives not trained on? Beside a random network, always.
@@ -161,6 +162,7 @@ def match(
         splits: Their splits; by default the first run's --eval-splits.
         frames: At most so many, evenly spread; by default the first run's --eval-frames.
         frame_stride: Of the raw layout, keep every n-th frame of a drive.
+        json: File to write all figures to, and the sums of each frame: {name: eval_match.match's dict}.
         device: auto is the GPU if there is one.
     """
     at_least(1, frames=frames, frame_stride=frame_stride)
@@ -185,6 +187,9 @@ def match(
     for name, run in runs.items():
         rows[name] = eval_match.match(run.model, chosen, run.c, device)
     print("\n".join(notes + eval_match.match_table(rows)))
+    if json:
+        with writing(json) as temporary:
+            temporary.write_text(dump_json(rows, indent=1) + "\n")
 
 
 def other_settings(runs, first):

@@ -1,6 +1,7 @@
 """The commands as a user gives them: match, probe and show of a run, depth where that is not finetune_depth's test."""
 
 import inspect
+import json
 import re
 import signal
 from dataclasses import replace
@@ -126,20 +127,23 @@ def test_other_numbers_that_cannot_be(run_here, stand_ins, arguments):
 
 def test_match_command(run_script, run_here, runs, scenes, tmp_path):
     true, wrong = runs
-    done = run_script("eval.py", "match", true, "--control", wrong)
+    done = run_script("eval.py", "match", true, "--control", wrong, "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "matching on 2 frames" in lines[0]
-    assert [line.split()[0] for line in lines[2:]] == ["random", "wrong", "true"]
+    assert [line.split()[0] for line in lines[3:]] == ["random", "wrong", "true"]
     model, c, _ = evaluate.load_run(true)
     expected = eval_match.match(model, data_kitti.find_frames(scenes, ["val"]), c, "cpu")
     assert f"{expected['right_rank']:.1f} %" in lines[-1] and f"{expected['wrong_rank']:.1f} %" in lines[-1]
+    assert lines[-1].split()[1] == f"{expected['gain']:.2f}"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["random", "wrong pairs", "true"] and figures["true"] == expected
     status, out, _ = run_here(evaluate, "match", true, "--splits", "trainval")
     assert status == 0 and "note: true was trained on 6 of these 8 frames: its figures will flatter" in out
     again = true.parent / ".." / "true" / "last.pt"
     status, out, _ = run_here(evaluate, "match", true, again, "--control", wrong, "--splits", "train")
     assert status == 0 and "note: wrong pairs was trained on 6 of these 6 frames" in out
-    assert len(out.splitlines()) == 3 + 2 + 4  # notes, titles, rows
+    assert len(out.splitlines()) == 3 + 3 + 4  # notes, titles, rows
 
 
 def test_notes_of_match():
