@@ -205,14 +205,21 @@ def find_frames(*args, **kwargs):
 
 
 def pool_frames(
-    roots, splits=("train",), cameras=CAMERAS, version="auto", frame_stride=1, skip_missing=False, flag="--splits"
+    roots,
+    splits=("train",),
+    cameras=CAMERAS,
+    version="auto",
+    frame_stride=1,
+    skip_missing=False,
+    flag="--splits",
+    clouds=True,
 ):
     """Frames of `splits` (of SPLITS) under each root, sample by sample in the tables' order. -> Frames, and notes to
     print.
 
     version: of the tables, a folder's name; auto takes the one that a split is of. frame_stride keeps every n-th
     sample; they are half a second apart. skip_missing leaves out frames that lack an image or a cloud. flag: what the
-    splits were given with, for messages.
+    splits were given with, for messages. clouds=False: images are enough.
     Raises BadInput for an unknown split, camera or version, a split that is not of that version, a root or table that
     is missing, what is wrong within tables, a file that they name and that is not there, and where nothing is left.
     """
@@ -226,7 +233,7 @@ def pool_frames(
             tables = open_tables(root, version_of(root, split, version, flag))
             rows = tables.rows(split)[::frame_stride]
             grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
-            found = _on_disk(tables, grid, skip_missing)
+            found = _on_disk(tables, grid, skip_missing, clouds)
             if not len(found):
                 raise BadInput(f"{tables.folder}: no frames of {flag} {split}{_of_many(tables, grid)}")
             if len(found) < len(grid):
@@ -240,8 +247,9 @@ def pool_frames(
     return Frames(every, np.concatenate(cells).astype(np.int32)), notes
 
 
-def _on_disk(tables, cells, skip_missing):
+def _on_disk(tables, cells, skip_missing, clouds=True):
     """Those of the cells (n, 2), row and column, whose image and cloud are there: each folder is asked once for all.
+    clouds=False: whose image is.
 
     Raises BadInput for the first that is not, unless skip_missing.
     """
@@ -251,6 +259,7 @@ def _on_disk(tables, cells, skip_missing):
     folders = {name.rpartition(b"/")[0] for name in names}
     there = {b"%s/%s" % (folder, name) for folder in folders for name in _listing(tables.root, folder)}
     found = np.array([name in there for name in names], bool).reshape(-1, 2)
+    found[:, 0] |= not clouds
     lacking = np.argwhere(~found)
     if len(lacking) and not skip_missing:
         i, k = lacking[0]
