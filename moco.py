@@ -132,7 +132,9 @@ class Config:
     out: str = "out"
     """Folder of all runs."""
     init: str | None = None
-    """Weights the image encoder starts from: anybody's, see weights.py."""
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, timm:NAME, see
+    weights_named.py.
+    """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     seed: int = 0
@@ -154,7 +156,7 @@ class Config:
 SHARED = "dataset data_root splits cameras version frame_stride skip_missing synthetic_frames workers image_encoder"
 OWN = {  # what a preset has beside what it shares with simipu.py's of that name
     "demo": {
-        "view": (256, 80), "queue": 256, "momentum": 0.99, "hidden": 512, "batch_size": 16, "group": 16,
+        "view": (192, 64), "queue": 256, "hidden": 512, "batch_size": 16, "group": 16,
         "epochs": 1000, "max_steps": 140, "log_every": 5, "save_every": 35,
     },
     "waymo": {"view": (480, 320)},
@@ -167,7 +169,7 @@ def preset(name):
     theirs = simipu.PRESETS[name][1]
     words = f"The frames of `simipu.py {name}`."
     if name == "demo":
-        words = "Built-in scenes, ResNet-18, a short queue and a quicker key encoder, minutes on two CPU cores."
+        words = "Built-in scenes, ResNet-18, a short queue, minutes on two CPU cores."
     return words, Config(
         name=f"moco_{name}", **{field: getattr(theirs, field) for field in SHARED.split()}, **OWN.get(name, {})
     )
@@ -181,7 +183,6 @@ FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they 
 
 TRIES = 10  # at a window that lies in the image
 GREY = np.outer(np.ones(3), (0.299, 0.587, 0.114))
-NORM_MOMENTUM = 0.1  # share of a step's statistics in the running ones of the key encoder's batch norms
 
 
 # -----------------------------------------------------------------------------
@@ -374,12 +375,12 @@ class MoCo(nn.Module):
         self.norms = [m for m in self.encoder_k.modules() if isinstance(m, _BatchNorm)]
         for norm in self.norms:
             norm.register_forward_pre_hook(self.measure)
-        self.measured = False  # whether there are statistics of a step before
+        self.steps = 0  # done: without any there are no statistics of steps before
         self.fresh, self.seen = [], []  # of this step's passes: (keys, frames); statistics of all norms' inputs
 
     def train(self, mode=True):
         super().train(mode)
-        self.encoder_k.train(mode and not self.measured)
+        self.encoder_k.train(mode and not self.steps)
         return self
 
     def start_keys(self):
@@ -412,7 +413,7 @@ class MoCo(nn.Module):
             passes = torch.cat(self.seen, 1).view(2, len(self.fresh), -1)
             self.keep_statistics(over_ranks(passes.mean(1)))
         self.fresh, self.seen = [], []
-        self.measured = True
+        self.steps += 1
         self.encoder_k.eval()
         own, theirs = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
         torch._foreach_lerp_(own, theirs, 1 - self.c.momentum)
@@ -424,8 +425,12 @@ class MoCo(nn.Module):
         self.position.copy_((self.position + len(keys)) % len(self.queue))
 
     def keep_statistics(self, statistics):
-        """statistics (2, sum of C): mean and variance of the inputs of all batch norms, in the order of use."""
-        weight = NORM_MOMENTUM if self.measured else 1.0
+        """statistics (2, sum of C): mean and variance of the inputs of all batch norms, in the order of use.
+
+        They are the mean of all steps so far, and later a running one as slow as the weights. Were they quicker, all
+        keys of some steps would have something in common, and queries would learn that: new keys from old ones.
+        """
+        weight = max(1 / (self.steps + 1), 1 - self.c.momentum)
         means, variances = (part.split([norm.num_features for norm in self.norms]) for part in statistics)
         for norm, mean, var in zip(self.norms, means, variances):
             norm.running_mean.lerp_(mean, weight)
@@ -511,7 +516,7 @@ def train(c):
     steps = c.max_steps or c.epochs * steps_per_epoch
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
     loop = Loop(c, run, model, [optimizer], identity, [f.name for f in frames])
-    model.measured = loop.start > 0
+    model.steps = loop.start
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
     loaded = stream(ViewFrames(frames, c), batches, data.collate, c.workers, run)
 

@@ -195,8 +195,8 @@ class Config:
     out: str = "out"
     """Folder of all runs."""
     init: str | None = None
-    """Weights the image encoder starts from: anybody's, see weights.py. ImageNet's make the paper's double
-    fine-tuning.
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. ImageNet's make the paper's double fine-tuning.
     """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """Channel order of that file's pixels, and _mean if they were 0..255 less the mean, undivided. auto: the file says,

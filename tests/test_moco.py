@@ -101,7 +101,7 @@ def test_key_encoder_follows_the_query_encoder(tiny):
         for name, parameter in model.encoder_k.named_parameters():
             assert torch.allclose(parameter, 0.9 * key[name] + 0.1 * query[name], atol=1e-6), name
             assert not torch.equal(parameter, query[name]) or not parameter.any()
-        norm, weight = model.encoder_k[0].bn, 1.0 if step == 0 else 0.1
+        norm, weight = model.encoder_k[0].bn, 1 / (step + 1)
         before = torch.stack([key["0.bn.running_mean"], key["0.bn.running_var"]])
         measured = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3))])
         assert torch.allclose(torch.stack([norm.running_mean, norm.running_var]), before.lerp(measured, weight))
@@ -167,7 +167,7 @@ def found_through_batch_norm(model, leaking):
         for part in ("query", "key"):
             batch[part][0] += odd
         if leaking:  # plain batch norm, of the keys as of the queries
-            model.measured = False
+            model.steps = 0
             model.train()
         with torch.no_grad():
             query = F.normalize(model.encoder_q(batch["query"]), dim=1)
