@@ -77,14 +77,18 @@ class Frame:
         """What its data are: their sizes tell two data sets apart."""
         return self.image, self.cloud
 
-    def whole(self):
-        """Whether it has an image and a cloud that are not empty: what --skip-missing asks for."""
-        return all(file_size(path)[0] for path in self.files)
+    def whole(self, clouds=True):
+        """Whether it has an image and a cloud that are not empty: what --skip-missing asks for. clouds=False: an image
+        is enough.
+        """
+        return all(file_size(path)[0] for path in (self.files if clouds else [self.image]))
 
-    def file_errors(self):
-        """What is wrong with its files as far as their names and sizes tell: BadInputs, one a file."""
+    def file_errors(self, clouds=True):
+        """What is wrong with its files as far as their names and sizes tell: BadInputs, one a file. clouds=False: with
+        its image.
+        """
         errors = []
-        for path in (self.image, self.cloud, *self.calib):
+        for path in (self.image, self.cloud, *self.calib) if clouds else (self.image,):
             size, wrong = file_size(path)
             if wrong:
                 errors.append(BadInput(f"{path}: {wrong} (of frame {self.name}; {self._advice(path)})"))
@@ -140,11 +144,12 @@ def evenly_spread(items, limit):
     return [items[i * len(items) // keep] for i in range(keep)]
 
 
-def inventory(frames):
+def inventory(frames, clouds=True):
     """One line a frame, in order: its name, and the bytes of its files. Equal lines are equal data, wherever they
-    lie.
+    lie. clouds=False: of its image alone.
     """
-    return [" ".join([f.name, *(str(path.stat().st_size) for path in f.files)]) for f in frames]
+    files_of = lambda f: f.files if clouds else [f.image]
+    return [" ".join([f.name, *(str(path.stat().st_size) for path in files_of(f))]) for f in frames]
 
 
 def fingerprint(lines):

@@ -60,22 +60,24 @@ def find_frames(root, splits=None, frame_stride=1, skip_missing=False):
     return pool_frames([root], splits, frame_stride, skip_missing)[0]
 
 
-def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--splits", named=True):
+def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--splits", named=True, clouds=True):
     """Frames of several roots, in file order, none of them twice. -> frames, notes to print.
 
     splits: names of lists in ImageSets/. () takes all drives of a raw root, None also the list `train` of an object
     root. frame_stride keeps every n-th frame of a raw drive: neighbours in a sequence are near copies of each other.
     skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds).
-    flag: what the splits were given with, for messages. named: as `fitting_splits` takes it.
+    flag: what the splits were given with, for messages. named: as `fitting_splits` takes it. clouds=False: images are
+    enough, and nothing else is looked for.
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty, a missing file, a truncated
     cloud.
     """
     frames, notes, what = [], [], " ".join([flag, *(splits or ())])
     for root, own, more in fitting_splits(roots, splits, named):
         notes += more
-        found, left_out = _complete_frames(root, own, frame_stride, skip_missing, flag)
+        found, left_out = _complete_frames(root, own, frame_stride, skip_missing, flag, clouds)
         if left_out:
-            notes.append(f"note: {what}: {len(found)} frames in {root}, {left_out} without image or cloud left out")
+            lacking = "without image or cloud" if clouds else "without image"
+            notes.append(f"note: {what}: {len(found)} frames in {root}, {left_out} {lacking} left out")
         frames += found
     if not frames:
         raise BadInput(f"{' '.join(map(str, roots))}: no frames in it")
@@ -83,22 +85,23 @@ def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--
     return frames, notes + data.note_twins(twins, what)
 
 
-def _complete_frames(root, splits, frame_stride, skip_missing, flag):
+def _complete_frames(root, splits, frame_stride, skip_missing, flag, clouds):
     """-> frames of a root, all of whose files are there; how many were left out because they lack image or cloud."""
-    listed = list_frames(root, splits, frame_stride, skip_missing, flag)
-    found = [f for f in listed if f.whole()] if skip_missing else listed
+    listed = list_frames(root, splits, frame_stride, skip_missing, flag, clouds)
+    found = [f for f in listed if f.whole(clouds)] if skip_missing else listed
     if listed and not found:
         both = f"both image ({', '.join(IMAGES)}) and cloud (.bin)"
         example = f"the first would be {listed[0].image} and {listed[0].cloud}"
         raise BadInput(f"{root}: none of its {len(listed)} frames has {both}; {example}")
     for frame in found:
-        for error in frame.file_errors():
+        for error in frame.file_errors(clouds):
             raise error
     return found, len(listed) - len(found)
 
 
-def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--splits"):
-    """The frames that lists and folders name, whether or not all their files are there.
+def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--splits", clouds=True):
+    """The frames that lists and folders name, whether or not all their files are there. clouds=False: folders of images
+    alone.
 
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty.
     """
@@ -107,11 +110,11 @@ def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--s
         raise BadInput(f"{root}: no such folder")
     if not is_object_layout(root):
         drives = _raw_drives(root, splits, flag)
-        return _raw_frames(drives, frame_stride, skip_missing, folders)
+        return _raw_frames(drives, frame_stride, skip_missing, folders, clouds)
     splits = ("train",) if splits is None else splits
     if not splits:
         raise BadInput(f"{flag}: none given for {root}; it takes names of lists in ImageSets/")
-    return [frame for split in splits for frame in _object_frames(root, split, splits, flag, folders)]
+    return [frame for split in splits for frame in _object_frames(root, split, splits, flag, folders, clouds)]
 
 
 def is_object_layout(root):
@@ -163,11 +166,11 @@ def _segment(name):
     return found[1] if found else None
 
 
-def _object_frames(root, split, splits, flag, folders):
+def _object_frames(root, split, splits, flag, folders, clouds):
     folder, rig = root / ("testing" if split == "test" else "training"), rig_of(root)
     drives = _object_drives(root) if folder.name == "training" else {}
     frames = []
-    for i in _object_ids(root, split, splits, flag, folder, folders):
+    for i in _object_ids(root, split, splits, flag, folder, folders, clouds):
         image = folders.find(folder / "image_2", i, IMAGES) or folder / "image_2" / f"{i}.png"
         cloud = folders.find(folder / "velodyne", i, (".bin",)) or folder / "velodyne" / f"{i}.bin"
         calib = (folder / "calib" / f"{i}.txt",)
@@ -175,7 +178,7 @@ def _object_frames(root, split, splits, flag, folders):
     return frames
 
 
-def _object_ids(root, split, splits, flag, folder, folders):
+def _object_ids(root, split, splits, flag, folder, folders, clouds):
     """Ids of a split's frames: of its list, or of the whole folder, for KITTI itself comes without lists."""
     listing = _listing(root, split)
     if os.path.lexists(listing):
@@ -185,11 +188,13 @@ def _object_ids(root, split, splits, flag, folder, folders):
         if flag != "--splits":
             advice = f"{flag} without a name judges on none"
         raise BadInput(f"{listing}: missing; it lists the frames of {flag} {split}, one id a line ({advice})")
-    ids = sorted(folders.stems(folder / "velodyne", (".bin",)))
+    part, suffixes = ("velodyne", (".bin",)) if clouds else ("image_2", IMAGES)
+    ids = sorted(folders.stems(folder / part, suffixes))
     if not ids:
         others = " ".join(other for other in splits if other != split)
         advice = f" ({flag} {others} does without)" if others else ""
-        raise BadInput(f"{folder / 'velodyne'}: no *.bin in it, of which {flag} {split} takes all{advice}")
+        kinds = ", ".join(f"*{suffix}" for suffix in suffixes)
+        raise BadInput(f"{folder / part}: no {kinds} in it, of which {flag} {split} takes all{advice}")
     return ids
 
 
@@ -226,12 +231,14 @@ def _object_drives(root):
     return {}
 
 
-def _raw_frames(drives, frame_stride, skip_missing, folders):
+def _raw_frames(drives, frame_stride, skip_missing, folders, need_clouds):
     frames = []
     for drive in drives:
         image_folder, cloud_folder = drive / "image_02" / "data", drive / "velodyne_points" / "data"
         images, clouds = folders.stems(image_folder, IMAGES), folders.stems(cloud_folder, (".bin",))
-        if len(clouds) != len(images) and not skip_missing:
+        if not need_clouds:
+            clouds = set()
+        elif len(clouds) != len(images) and not skip_missing:
             raise BadInput(_uneven(drive, len(images), len(clouds)))
         calib = (drive.parent / "calib_cam_to_cam.txt", drive.parent / "calib_velo_to_cam.txt")
         name = drive.absolute().name

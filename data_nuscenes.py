@@ -219,7 +219,7 @@ def pool_frames(
 
     version: of the tables, a folder's name; auto takes the one that a split is of. frame_stride keeps every n-th
     sample; they are half a second apart. skip_missing leaves out frames that lack an image or a cloud. flag: what the
-    splits were given with, for messages. clouds False: sweeps are not looked for, and need not be there.
+    splits were given with, for messages. clouds=False: images are enough.
     Raises BadInput for an unknown split, camera or version, a split that is not of that version, a root or table that
     is missing, what is wrong within tables, a file that they name and that is not there, and where nothing is left.
     """
@@ -250,7 +250,7 @@ def pool_frames(
 
 def _on_disk(tables, cells, skip_missing, clouds=True):
     """Those of the cells (n, 2), row and column, whose image and cloud are there: each folder is asked once for all.
-    clouds False: whose image is there.
+    clouds=False: whose image is.
 
     Raises BadInput for the first that is not, unless skip_missing.
     """

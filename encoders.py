@@ -88,7 +88,7 @@ class ResNet(nn.Module):
                     stride = blocks[-1].conv2.stride[0]
                     blocks[-1].conv2 = DeformConv2d(width, width, 3, stride, 1, bias=False)
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.channels = cin
+        self.channels, self.arch = cin, f"resnet{depth}"
         self.strides, self.offsets = (2, 4, 8, 16, 32), (0, 0, 0, 0, 0)  # as build_image_encoder says
         self.map_channels = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
         for m in self.modules():
@@ -113,7 +113,7 @@ def build_image_encoder(name, deformable=()):
 
     The module's forward is (B, 3, H, W) -> a list of maps. Of these, shallowest first, `map_channels`, `strides` and
     `offsets` say: output cell i is centred on input pixel strides * i + offsets, in both directions. `channels` is the
-    last map's.
+    last map's. `arch` is the encoder's name.
     """
     if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
         return ResNet(int(name[6:]), deformable)
@@ -121,7 +121,7 @@ def build_image_encoder(name, deformable=()):
         raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
     encoder = build_timm_encoder(name)
     encoder.map_channels, encoder.strides = encoder.feature_info.channels(), encoder.feature_info.reduction()
-    encoder.channels = encoder.map_channels[-1]
+    encoder.channels, encoder.arch = encoder.map_channels[-1], name
     encoder.offsets = measure_offsets(encoder, encoder.strides)
     return encoder
 

@@ -46,6 +46,7 @@ import pictures_boxes
 import runtime
 import simipu
 import weights
+import weights_named
 from files import BadInput, read_checkpoint, writing
 
 FEW = 8  # frames that batch norm statistics are taken from, for pictures
@@ -232,7 +233,7 @@ def probe(
 
     Args:
         checkpoint: A run's last.pt.
-        also: Other weights of the same architecture, anything that --init takes: imagenet.pth, a control's last.pt.
+        also: Other weights of the same architecture, anything that --init takes: imagenet, a control's last.pt.
         data_root: Folders with the frames; by default those of the run.
         splits: Their splits; by default the run's --eval-splits.
         frames: At most so many, evenly spread; by default the run's --eval-frames.
@@ -259,7 +260,8 @@ def probe(
     for name, path in others:
         encoder = encoders.build_image_encoder(c.image_encoder)
         loaded.append(weights.load_image_encoder(encoder, path))
-        networks[name], files[name] = encoder.to(device), contents_of_run(path)
+        networks[name] = encoder.to(device)
+        files[name] = contents_of_run(weights_named.find(path, c.image_encoder, "--also").path)
     rows = eval_match.probe(networks, chosen, c, device, points, stage)
     fitted = f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each"
     print("\n".join([*seen_in_training(chosen, files), *loaded, fitted, *eval_match.probe_table(rows)]))

@@ -109,7 +109,9 @@ class Config:
     """Red, green and blue are each multiplied by U(channel_gain)."""
     # ---- network ----
     init: str = "none"
-    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. none: from scratch.
+    """
     zero_init_residual: bool = True
     """From scratch, the last batch norm of every residual block starts at 0 (Goyal et al. 2017), as in the toolbox.
     Short runs learn faster without.

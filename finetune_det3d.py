@@ -105,7 +105,9 @@ class Config:
     image: bool = True
     """False: points alone, the control that an image encoder's worth is measured against."""
     init: str = "none"
-    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. none: from scratch.
+    """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     load: str = ""

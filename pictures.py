@@ -95,7 +95,8 @@ def limit_to_image(axis, height, width):
 # -----------------------------------------------------------------------------
 # a run's own pictures
 
-CURVES = (  # title of the panel; key in the log, behind intra or inter; factor; line; label, behind the same
+LOSSES = (("intra", "tab:blue"), ("inter", "tab:orange"), ("moco", "tab:purple"))
+CURVES = (  # title of the panel; key in the log, behind a loss; factor; line; label, behind the same
     ("InfoNCE loss", "", 1, "-", ""),
     ("InfoNCE loss", "_chance", 1, ":", ", chance"),
     ("top-1, %", "_top1", 100, "-", ""),
@@ -117,7 +118,7 @@ def draw_curves(log_path, path):
     log = [line for line in lines if "lr" in line]
     judged = [line for line in lines if "gain" in line.get("match", ())]
     panels = {title: [] for title, *_ in CURVES}
-    for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
+    for loss, colour in LOSSES:
         if not log or loss not in log[0]:
             continue  # a branch that the run does not have
         for title, key, factor, dashes, label in CURVES:

@@ -209,8 +209,8 @@ class Config:
     out: str = "out"
     """Folder of all runs."""
     init: str | None = None
-    """Weights the image encoder starts from: anybody's, see weights.py. ImageNet's make the paper's double
-    fine-tuning.
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. ImageNet's make the paper's double fine-tuning.
     """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """Channel order of that file's pixels, and _mean if they were 0..255 less the mean, undivided. auto: the file says,
@@ -575,12 +575,14 @@ def build_optimizers(model, c):
 # training
 
 
-def pool_frames(c, roots, splits, flag="--splits", named=True):
-    """Frames of the config's data set, and notes to print. Raises BadInput as the data set's own function does."""
+def pool_frames(c, roots, splits, flag="--splits", named=True, clouds=True):
+    """Frames of the config's data set, and notes to print. clouds=False: images are enough. Raises BadInput as the data
+    set's own function does.
+    """
     if c.dataset == "nuscenes":
         rules = c.cameras, c.version, c.frame_stride, c.skip_missing
-        return data_nuscenes.pool_frames(roots, splits, *rules, flag)
-    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, flag, named)
+        return data_nuscenes.pool_frames(roots, splits, *rules, flag, clouds)
+    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, flag, named, clouds)
 
 
 def find_frames(c, roots, splits, named=False):
@@ -588,17 +590,24 @@ def find_frames(c, roots, splits, named=False):
     return pool_frames(c, roots, splits, named=named)[0]
 
 
+def training_frames(c, run, clouds=True):
+    """Frames to train on, and notes to print, as pool_frames has them. Built-in scenes are written where they are asked
+    for.
+    """
+    synthetic.write_scenes(c, run)
+    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
+        if run.main:
+            pool_frames(c, c.data_root, c.splits, clouds=clouds)
+        run.any(False)
+    return pool_frames(c, c.data_root, c.splits, clouds=clouds)
+
+
 def load_frames(c, run):
     """-> frames to train on; frames of --eval-splits, none of them trained on; notes to print, as one text, or None.
 
     Raises BadInput as pool_frames does, for held-out frames that are trained on, and for fewer than two.
     """
-    synthetic.write_scenes(c, run)
-    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
-        if run.main:
-            pool_frames(c, c.data_root, c.splits)
-        run.any(False)
-    frames, notes = pool_frames(c, c.data_root, c.splits)
+    frames, notes = training_frames(c, run)
     frames = data.evenly_spread(frames, c.train_frames or len(frames))
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
