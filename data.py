@@ -109,12 +109,12 @@ class Frame:
         return read_cloud(self.cloud, self.rig.columns)
 
 
-def without_twins(frames):
+def without_repeats(frames):
     """Frames, or Pairs, less those whose image has come before, be it by another path. -> the rest; what was left out.
 
     Folders are resolved once each; a path costs the disk one question, whether it is a link.
     """
-    folders, seen, kept, twins = {}, set(), [], []
+    folders, seen, kept, repeats = {}, set(), [], []
     for frame in frames:
         folder, name = os.path.split(frame.image)
         if folder not in folders:
@@ -123,18 +123,18 @@ def without_twins(frames):
         if os.path.islink(image):
             image = os.path.realpath(image)
         if image in seen:
-            twins.append(frame)
+            repeats.append(frame)
         else:
             kept.append(frame)
             seen.add(image)
-    return kept, twins
+    return kept, repeats
 
 
-def note_twins(twins, flag):
-    """A note to print where frames were left out by `without_twins`, else none: a list."""
-    if not twins:
+def note_repeats(repeats, flag):
+    """A note to print where frames were left out by `without_repeats`, else none: a list."""
+    if not repeats:
         return []
-    what = f"{len(twins)} frames that are listed twice, {twins[0].name} among them, are taken once"
+    what = f"{len(repeats)} frames that are listed twice, {repeats[0].name} among them, are taken once"
     return [f"note: {flag}: {what}"]
 
 

@@ -602,9 +602,9 @@ def check(
         for note in notes:
             findings.add(findings.notes, note.removeprefix("note: "))
         good += check_root(root, own, frame_stride, max_frames, skip_missing, workers, findings)
-    _, twins = data.without_twins([frame for frame, _ in good])
-    if twins:
-        line = f"--data-root: {len(twins)} frames are in two of them, {twins[0].name} for one"
+    _, repeats = data.without_repeats([frame for frame, _ in good])
+    if repeats:
+        line = f"--data-root: {len(repeats)} frames are in two of them, {repeats[0].name} for one"
         findings.add(findings.notes, line)
     picked = pick(good)
     if picked:

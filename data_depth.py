@@ -95,9 +95,9 @@ def _listed_pairs(dataset, roots, depth_root, splits, skip_missing, flag):
         pairs += found
         if left_out:
             notes.append(f"{listing}: {len(found)} pairs, {left_out}")
-    _, twins = data.without_twins(pairs)
-    if twins:  # no negatives here: a pair that somebody lists twice may be meant to count twice
-        what = f"{len(twins)} of {len(pairs)} pairs are listed before, {twins[0].name} among them, and count again"
+    _, repeats = data.without_repeats(pairs)
+    if repeats:  # no negatives here: a pair that somebody lists twice may be meant to count twice
+        what = f"{len(repeats)} of {len(pairs)} pairs are listed before, {repeats[0].name} among them, and count again"
         notes.append(f"note: {flag} {' '.join(map(str, splits))}: {what}")
     return pairs, notes
 

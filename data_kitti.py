@@ -81,8 +81,8 @@ def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--
         frames += found
     if not frames:
         raise BadInput(f"{' '.join(map(str, roots))}: no frames in it")
-    frames, twins = data.without_twins(frames)
-    return frames, notes + data.note_twins(twins, what)
+    frames, repeats = data.without_repeats(frames)
+    return frames, notes + data.note_repeats(repeats, what)
 
 
 def _complete_frames(root, splits, frame_stride, skip_missing, flag, clouds):

@@ -322,14 +322,15 @@ def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every frame_stride", 1, 1e9, "1 or more")
-    runtime.check_range(c, "lr max_depth min_depth labels", 1e-30, 1e30, "above 0")
+    runtime.check_range(c, "lr max_depth min_depth", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "image_scale", 1e-3, 8, "above 0, and 8 or less")
     runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e3, "above 0, the smaller first", rising=True)
     runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames crop", 0, 1e9, "0 or more")
     runtime.check_range(c, "keep_every", 0, 1e9, "0 or more")
     runtime.check_range(c, "weight_decay clip decoder_width", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
-    runtime.check_range(c, "labels rotation_p flip colour_p", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "labels", 1e-30, 1, "above 0, and 1 or less")
+    runtime.check_range(c, "rotation_p flip colour_p", 0, 1, "from 0 to 1")
     if c.decoder_width % 16:
         raise BadInput(f"--decoder-width {c.decoder_width}: must be a multiple of 16, as it is halved four times")
     if c.min_depth >= c.max_depth:

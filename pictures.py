@@ -445,7 +445,7 @@ def draw_projection(view, path, title, things):
     closes = bottom.subplots(1, max(len(spots), 1), squeeze=False)[0]
     for number, (spot, close) in enumerate(zip(spots, closes), start=1):
         box = _box_around(spot, height, width)
-        _draw_box(axis, box, str(number))
+        _frame_close_up(axis, box, str(number))
         close.imshow(image, interpolation="bicubic")
         close.scatter(*uv.T, c=depth, s=16, edgecolors="black", linewidths=0.3, **DEPTH)
         _limit_to_box(close, box)
@@ -464,7 +464,7 @@ def _box_around(spot, height, width):
     return left, top, w, h
 
 
-def _draw_box(axis, box, number):
+def _frame_close_up(axis, box, number):
     left, top, w, h = box
     axis.add_patch(_matplotlib().patches.Rectangle((left, top), w, h, fill=False, ec="white", lw=1.5))
     style = {"color": "white", "va": "top", "fontsize": 11, "weight": "bold"}

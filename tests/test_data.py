@@ -456,7 +456,7 @@ def test_clouds_that_are_no_files(tmp_path):
     assert refusal(data.read_cloud, tmp_path) == "a folder, where a file is wanted"
 
 
-def test_twins_are_told_by_their_image(tmp_path):
+def test_repeated_frames_are_told_by_their_image(tmp_path):
     """R8: through links to files and folders, and by any spelling of the path. Another image of that name is none."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -465,7 +465,7 @@ def test_twins_are_told_by_their_image(tmp_path):
     (tmp_path / "c").symlink_to(tmp_path / "a")
     paths = [tmp_path / name for name in ("a/0.png", "b/0.png", "c/0.png", "b/../a/0.png", "a/1.png", "a/0.png")]
     frames = [data.Frame(str(i), path, path, (), data_kitti.RIG) for i, path in enumerate(paths)]
-    kept, twins = data.without_twins(frames)
-    assert [f.name for f in kept] == ["0", "1"] and [f.name for f in twins] == ["2", "3", "4", "5"]
-    assert data.note_twins([], "--splits train") == []
-    assert "4 frames that are listed twice, 2 among them" in data.note_twins(twins, "--splits train")[0]
+    kept, repeats = data.without_repeats(frames)
+    assert [f.name for f in kept] == ["0", "1"] and [f.name for f in repeats] == ["2", "3", "4", "5"]
+    assert data.note_repeats([], "--splits train") == []
+    assert "4 frames that are listed twice, 2 among them" in data.note_repeats(repeats, "--splits train")[0]

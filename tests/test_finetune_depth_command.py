@@ -554,8 +554,8 @@ def test_kitti_lidar(run_here, kitti, tmp_path):
 WRONG = {  # the preset and its flags, and what is said about them
     "no split file": ("kitti --splits nowhere.txt", "nowhere.txt: not a readable split file"),
     "no split": ("demo --splits nowhere", "nowhere.txt: missing"),
-    "no labels": ("demo --labels 0", "--labels 0.0: must be above 0"),
-    "too many labels": ("demo --labels 2", "--labels 2.0: must be from 0 to 1"),
+    "no labels": ("demo --labels 0", "--labels 0.0: must be above 0, and 1 or less"),
+    "too many labels": ("demo --labels 2", "--labels 2.0: must be above 0, and 1 or less"),
     "few labels": ("demo --labels 0.1", "--batch-size 2: the 1 pairs found are too few"),
     "depths": ("demo --min-depth 80", "--min-depth 80.0: must be below --max-depth 80"),
     "width": ("demo --decoder-width 40", "--decoder-width 40: must be a multiple of 16"),
