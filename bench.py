@@ -218,7 +218,7 @@ def depth_training(o, run, scratch):
     refuse(o, "num_points", "places", "image_scale")
     fields = changed_fields(o, run.device.type == "cuda")
     scenes = fields["synthetic_frames"] or Path(o.data_root, "training", "depth_2").is_dir()
-    fields["dataset"] = "scenes" if scenes else "kitti_lidar"
+    fields["dataset"] = "scenes" if scenes else "lidar"
     c = replace(finetune_depth.PRESETS[o.preset][1], **fields)
     pairs = checked_frames(finetune_depth, c, run)
     scale = data_depth.SCALE[c.dataset]

@@ -72,6 +72,13 @@ class Frame:
     rig: Rig
     drive: str | None = None  # the recording it is from, where that is known
 
+    label = None  # where its labels would lie, in KITTI's layouts that have any
+
+    @property
+    def calibrations(self):
+        """A folder, in name at least, of the frames whose calibration is right or wrong with this one's."""
+        return self.calib[0].parent
+
     @property
     def files(self):
         """What its data are: their sizes tell two data sets apart."""

@@ -110,8 +110,9 @@ def choose_frames(c, data_root, splits, limit, frame_stride):
     if not (data_root or splits or c.eval_root or c.eval_splits):
         raise BadInput("--data-root, --splits: the run has no --eval-splits, so say which frames to judge on")
     roots, named = data_root or c.eval_root or c.data_root, bool(splits)
-    strided = dataclasses.replace(c, frame_stride=frame_stride)
-    frames = simipu.find_frames(strided, roots, splits or c.eval_splits, named)
+    version = "auto" if data_root else c.version
+    asked = dataclasses.replace(c, frame_stride=frame_stride, version=version)
+    frames = simipu.find_frames(asked, roots, splits or c.eval_splits, named)
     frames = data.evenly_spread(frames, limit or c.eval_frames)
     if len(frames) < 2:
         where = f"--data-root {' '.join(map(str, roots))}"
@@ -159,7 +160,8 @@ def match(
     Args:
         checkpoints: A run's last.pt, or several.
         control: last.pt of a run with --pairs wrong and the same budget: what the pixel's position alone teaches.
-        data_root: Folders with the frames; by default those of the first run.
+        data_root: Folders with the frames, of any data set: it is known by what lies there. By default those of the
+            first run.
         splits: Their splits; by default the first run's --eval-splits.
         frames: At most so many, evenly spread; by default the first run's --eval-frames.
         frame_stride: Of the raw layout, keep every n-th frame of a drive.
@@ -234,7 +236,7 @@ def probe(
     Args:
         checkpoint: A run's last.pt.
         also: Other weights of the same architecture, anything that --init takes: imagenet, a control's last.pt.
-        data_root: Folders with the frames; by default those of the run.
+        data_root: Folders with the frames, of any data set; by default those of the run.
         splits: Their splits; by default the run's --eval-splits.
         frames: At most so many, evenly spread; by default the run's --eval-frames.
         frame_stride: Of the raw layout, keep every n-th frame of a drive.
@@ -309,8 +311,8 @@ def show(
 
     Args:
         checkpoint: last.pt of a run.
-        data_root: Folder in KITTI's object or raw layout. Not given: the folders the run was trained on.
-        split: Of the object layout: a file in ImageSets/. Not given: the run's --eval-splits, or its --splits.
+        data_root: Folder of any data set. Not given: the folders the run was trained on.
+        split: Of that data set. Not given: the run's --eval-splits, or its --splits.
         frame: Index into the split, or a frame's name, such as training/000003.
         seed: Of the augmentation that is drawn: another seed, another image scale, flip and second view.
         point: Metres in the LiDAR's frame (x forward, y left, z up). similarity.png asks about the place nearest to it.
@@ -363,7 +365,7 @@ def frames_to_show(c, data_root, split):
     if c.eval_root:
         roots = c.eval_root
     if data_root:
-        roots = [data_root]
+        roots, c = [data_root], dataclasses.replace(c, version="auto")
     if split:
         splits = [split]
     return simipu.find_frames(c, roots, splits, named=bool(split))
@@ -397,7 +399,7 @@ def augmented_frame(frames, index, c, seed, device):
 def depth(
     source: Path,
     /,
-    preset: Literal["demo", "kitti", "nyu", "kitti_lidar"] | None = None,
+    preset: Literal["demo", "kitti", "nyu", "lidar"] | None = None,
     data_root: tuple[str, ...] = (),
     depth_root: str = "",
     splits: tuple[str, ...] = (),

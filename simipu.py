@@ -16,9 +16,11 @@ The paper's recipe on KITTI, on one GPU, on eight (same global batch, same negat
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         simipu.py kitti --data-root data/kitti --batch-size 64      # 4 frames on each of 16 GPUs; both nodes see out/
 
-KITTI raw drives, one or many; Waymo as data_waymo.py converts it; nuScenes' six cameras, all of it or ten scenes:
+KITTI raw drives, one or many; odometry sequences; Waymo as data_waymo.py converts it; nuScenes' six cameras, all of it
+or ten scenes:
 
     torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
+    torchrun --standalone simipu.py kitti_odometry --data-root data/kitti_odometry
     torchrun --standalone simipu.py waymo --data-root data/waymo
     torchrun --standalone simipu.py nuscenes --data-root data/nuscenes
     torchrun --standalone simipu.py nuscenes --data-root data/nuscenes --splits mini_train --eval-splits mini_val
@@ -52,8 +54,8 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
-import data_kitti
 import data_nuscenes
+import data_sets
 import encoders
 import eval_match
 import pictures
@@ -70,13 +72,12 @@ class Config:
     """Everything a run depends on. Defaults are the paper's; where it is silent, the official release's."""
 
     # ---- data ----
-    dataset: Literal["kitti", "nuscenes"] = "kitti"
-    """Whose layout data_root is in: KITTI's, object or raw, or nuScenes'."""
     data_root: tuple[str, ...] = ("data/kitti",)
-    """Folder in that layout; several folders are pooled."""
+    """Folder of a data set, which is known by what lies in it; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. The paper pre-trains on train
-    and test, and keeps val unseen. Of nuScenes: train, val, test, mini_train, mini_val.
+    and test, and keeps val unseen. Of nuScenes: train, val, test, mini_train, mini_val. Of KITTI's odometry: train,
+    val, test, or sequences such as 04.
     """
     cameras: tuple[str, ...] = data_nuscenes.CAMERAS
     """Of nuScenes: which cameras. Each makes a frame of every sweep."""
@@ -93,7 +94,9 @@ class Config:
     eval_every: int = 0
     """Steps between judgements, each a line in log.jsonl. 0: only after the last step."""
     frame_stride: int = 1
-    """Of the raw layout: keep every n-th frame of a drive. Neighbours are near copies; 10 is good advice."""
+    """Keep every n-th frame of a raw drive or sequence, and of nuScenes' keyframes. Neighbours in a drive are near
+    copies; 10 is good advice.
+    """
     train_frames: int = 0
     """Train on at most so many frames, evenly spread; 0: on all."""
     skip_missing: bool = False
@@ -250,6 +253,13 @@ PRESETS = {
         "KITTI raw drives.",
         Config(data_root=("data/kitti_raw",), splits=(), frame_stride=10, name="kitti_raw"),
     ),
+    "kitti_odometry": (
+        "KITTI's odometry sequences, or SemanticKITTI's: every fifth frame of ten of them, judged on 08.",
+        Config(
+            name="kitti_odometry", data_root=("data/kitti_odometry",), splits=("train",), eval_splits=("val",),
+            frame_stride=5, eval_every=1000,
+        ),
+    ),
     "waymo": (
         "Waymo, converted by data_waymo.py: the paper's other recipe.",
         Config(name="waymo", data_root=("data/waymo",), splits=("train",), eval_splits=("val",), eval_every=1000),
@@ -257,7 +267,7 @@ PRESETS = {
     "nuscenes": (
         "nuScenes keyframes. A camera sees some 2500 points of its sweep: half as many places, twice as many clouds.",
         Config(
-            name="nuscenes", dataset="nuscenes", data_root=("data/nuscenes",), splits=("train",), eval_splits=("val",),
+            name="nuscenes", data_root=("data/nuscenes",), splits=("train",), eval_splits=("val",),
             num_points=2048, image_scale=(512, 288, 1600, 900), places=512, group=8,
             epochs=10, lr_decay=0.95, eval_every=1000,
         ),
@@ -267,7 +277,7 @@ PRESETS = {
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
 FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
-FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they find must be the same
+FREE |= {"cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
 # -----------------------------------------------------------------------------
@@ -576,13 +586,9 @@ def build_optimizers(model, c):
 
 
 def pool_frames(c, roots, splits, flag="--splits", named=True, clouds=True):
-    """Frames of the config's data set, and notes to print. clouds=False: images are enough. Raises BadInput as the data
-    set's own function does.
-    """
-    if c.dataset == "nuscenes":
-        rules = c.cameras, c.version, c.frame_stride, c.skip_missing
-        return data_nuscenes.pool_frames(roots, splits, *rules, flag, clouds)
-    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, flag, named, clouds)
+    """Frames as the config wants them, and notes to print. Raises BadInput as data_sets.pool_frames does."""
+    rules = c.cameras, c.version, c.frame_stride, c.skip_missing
+    return data_sets.pool_frames(roots, splits, *rules, flag, named, clouds)
 
 
 def find_frames(c, roots, splits, named=False):
@@ -595,11 +601,7 @@ def training_frames(c, run, clouds=True):
     for.
     """
     synthetic.write_scenes(c, run)
-    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
-        if run.main:
-            pool_frames(c, c.data_root, c.splits, clouds=clouds)
-        run.any(False)
-    return pool_frames(c, c.data_root, c.splits, clouds=clouds)
+    return runtime.main_first(run, lambda: pool_frames(c, c.data_root, c.splits, clouds=clouds))
 
 
 def load_frames(c, run):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data_nuscenes import write_root
 from test_eval_match import TINY
 
 import data
@@ -144,6 +145,22 @@ def test_match_command(run_script, run_here, runs, scenes, tmp_path):
     status, out, _ = run_here(evaluate, "match", true, again, "--control", wrong, "--splits", "train")
     assert status == 0 and "note: wrong pairs was trained on 6 of these 6 frames" in out
     assert len(out.splitlines()) == 3 + 3 + 4  # notes, titles, rows
+
+
+def test_a_run_is_judged_on_another_data_set(run_here, runs, tmp_path):
+    """Seen by what lies in the folder; the run is of KITTI's layout."""
+    root = write_root(tmp_path / "nuscenes", {"scene-0061": 1, "scene-0103": 1})
+    where = ["--data-root", root, "--splits", "mini_train", "mini_val"]
+    status, out, err = run_here(evaluate, "match", runs[0], *where, "--frames", 4)
+    assert status == 0 and "matching on 4 frames" in out and "flatter" not in out, err
+    status, out, err = run_here(evaluate, "probe", runs[0], *where, "--frames", 3, "--points", 50)
+    assert status == 0 and "fitted and scored on 3 frames" in out, err
+    status, out, err = run_here(evaluate, "show", runs[0], "--data-root", root, "--split", "mini_val", "--frame", 2)
+    assert status == 0 and "CAM_BACK_RIGHT" in out, err
+    status, out, err = run_here(evaluate, "match", runs[0], "--data-root", root)  # the run's val is another version's
+    assert (
+        status == 1 and err == f"error: {root}: no folder v1.0-trainval, of which --splits val is; there is v1.0-mini\n"
+    )
 
 
 def test_notes_of_match():
