@@ -1,5 +1,7 @@
 """What is drawn of 3D detection: the curves of a run, and boxes on an image and from above."""
 
+import textwrap
+
 import numpy as np
 
 import data
@@ -12,6 +14,7 @@ LABELLED, FOUND = "tab:green", "tab:red"
 RING = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4]  # a path along the edges of a box's bottom, one upright edge, and its top
 UPRIGHT = [[1, 5], [2, 6], [3, 7]]  # the other upright edges
 SHOWN = 0.3  # of detections, the score from which they are drawn
+LINE = 140  # letters above a picture
 CLASS_COLOURS = {"Car": "tab:blue", "Pedestrian": "tab:orange", "Cyclist": "tab:green"}
 
 
@@ -63,8 +66,16 @@ def draw_boxes(scene, boxes, scores, classes, path, title, names=data_det3d.CLAS
     boxes, scores, classes = boxes[chosen], scores[chosen], classes[chosen]
     known = scene.classes >= 0
     truth, truth_classes = scene.boxes[known], scene.classes[known]
+    counts = []
+    for k, name in enumerate(names):
+        labelled, found = (truth_classes == k).sum(), (classes == k).sum()
+        if len(names) <= 3 or labelled or found:
+            counts.append(f"{name} {labelled} labelled, {found} found")
+    said = "; ".join(counts) or "nothing labelled, nothing found"
+    lines = textwrap.wrap(said, LINE)
+
     height, width = scene.image.shape[:2]
-    tall = 14 * height / width  # inches of the image
+    tall = 14 * height / width + 0.25 * (len(lines) - 1)  # inches of the image and of further lines above it
     figure = new_figure(14, tall + 9.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=[tall + 0.8, 8.6])
     on_image, above = top.subplots(), bottom.subplots()
@@ -74,17 +85,11 @@ def draw_boxes(scene, boxes, scores, classes, path, title, names=data_det3d.CLAS
     for box in truth:
         _draw_box(on_image, above, scene.lidar2img, box, LABELLED, "-")
     for box, score, k in zip(boxes, scores, classes):
-        said = f"{names[k]} {score:.2f}"
-        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", said, rise=1.3 * (k % 3 - 1))
+        words = f"{names[k]} {score:.2f}"
+        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", words, rise=1.3 * (k % 3 - 1))
 
-    counts = []
-    for k, name in enumerate(names):
-        labelled, found = (truth_classes == k).sum(), (classes == k).sum()
-        if len(names) <= 3 or labelled or found:
-            counts.append(f"{name} {labelled} labelled, {found} found")
-    said = "; ".join(counts)
     colours = f"labelled boxes green, found ones (score above {shown}) red and dashed"
-    top.suptitle(f"{title}: {colours}\n{said}", fontsize=12)
+    top.suptitle(f"{title}: {colours}\n" + "\n".join(lines), fontsize=12)
     limit_to_image(on_image, height, width)
     on_image.axis("off")
     from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
