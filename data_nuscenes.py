@@ -125,6 +125,10 @@ class Frame(data.Frame):
     def camera(self):
         return CAMERAS[self.column]
 
+    @property
+    def calibrations(self):
+        return self.tables.folder / self.camera
+
     def turn(self):
         """The LiDAR's own frame to this one: a turn about z, (4, 4), that takes the camera's axis to +x."""
         x, y = self.tables.frames.lidar2cam[self.row, self.column, 2, :2]
@@ -237,7 +241,8 @@ def pool_frames(
             if not len(found):
                 raise BadInput(f"{tables.folder}: no frames of {flag} {split}{_of_many(tables, grid)}")
             if len(found) < len(grid):
-                left_out = f"{len(grid) - len(found)} without image or cloud left out"
+                lacking = "image or cloud" if clouds else "image"
+                left_out = f"{len(grid) - len(found)} without {lacking} left out"
                 notes.append(f"note: {tables.folder}: {len(found)} frames of {flag} {split}, {left_out}")
             if tables not in every:
                 every.append(tables)
@@ -245,6 +250,25 @@ def pool_frames(
     if not cells:
         raise BadInput(f"{flag}: none given; it takes {', '.join(SPLITS)}")
     return Frames(every, np.concatenate(cells).astype(np.int32)), notes
+
+
+def list_frames(root, split, version="auto", frame_stride=1, flag="--splits"):
+    """Frames of a split, of all cameras, that the tables name an image and a cloud of, be they there or not. -> Frames.
+
+    Raises BadInput as pool_frames does, but for files.
+    """
+    tables = open_tables(root, version_of(root, split, version, flag))
+    rows = tables.rows(split)[::frame_stride]
+    cells = np.stack(np.meshgrid([0], rows, np.arange(len(CAMERAS)), indexing="ij"), -1).reshape(-1, 3)
+    files = tables.frames.files
+    named = (files[cells[:, 1], 0] != b"") & (files[cells[:, 1], 1 + cells[:, 2]] != b"")
+    return Frames([tables], cells[named].astype(np.int32))
+
+
+def splits_of(root):
+    """Names of the splits that the tables under root have samples of."""
+    there = [name for name in VERSIONS if (Path(root) / name).is_dir()]
+    return [split for name in there for split in VERSIONS[name] if len(open_tables(root, name).rows(split))]
 
 
 def _on_disk(tables, cells, skip_missing, clouds=True):
@@ -334,8 +358,13 @@ class Tables:
     """
 
     def __init__(self, root, version):
+        self.asked = root, version
         self.root, self.version, self.folder = Path(root), version, Path(root) / version
         self.calib = (self.folder / "calibrated_sensor.json",)
+
+    def __reduce__(self):
+        """Frames go to other processes without a hundred megabytes of tables."""
+        return open_tables, self.asked
 
     @functools.cached_property
     def frames(self):

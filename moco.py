@@ -55,10 +55,8 @@ class Config:
     """Everything a run depends on. Defaults are MoCo v2's."""
 
     # ---- data: as in simipu.py ----
-    dataset: Literal["kitti", "nuscenes"] = "kitti"
-    """Whose layout data_root is in: KITTI's, object or raw, or nuScenes'."""
     data_root: tuple[str, ...] = ("data/kitti",)
-    """Folder in that layout; several folders are pooled."""
+    """Folders of any of the data sets, known by what lies in them (data_sets.py); several are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. Of nuScenes: train, val,
     test, mini_train, mini_val.
@@ -155,7 +153,7 @@ class Config:
     """Show what log.jsonl says there, too, if that package is installed."""
 
 
-SHARED = "dataset data_root splits cameras version frame_stride skip_missing synthetic_frames workers image_encoder"
+SHARED = "data_root splits cameras version frame_stride skip_missing synthetic_frames workers image_encoder"
 OWN = {  # what a preset has beside what it shares with simipu.py's of that name
     "demo": {
         "view": (192, 64), "queue": 128, "hidden": 512, "temperature": 0.07, "batch_size": 16, "group": 16,
@@ -182,7 +180,7 @@ PRESETS = {name: preset(name) for name in simipu.PRESETS}
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "name", "out", "device", "compile", "log_every", "save_every", "keep_every", "track"}
-FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they find must be the same
+FREE |= {"cameras", "version"}  # as data_root: the frames that they find must be the same
 
 TRIES = 10  # at a window that lies in the image
 GREY = np.outer(np.ones(3), (0.299, 0.587, 0.114))

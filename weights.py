@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 import data
+import encoders
 import weights_named
 from files import BadInput, read_any, read_checkpoint, save_atomically, writing
 
@@ -111,7 +112,7 @@ def load_point_encoder(encoder, path):
     path = weights_named.find(path, "resnet50", "--init-points").path
     contents, left_out = read_any(path)
     network = _choose(encoder, path, contents, left_out, POINT_BRANCHES)
-    _refuse_misfits(path, network, "a point encoder of the same --use-xyz")
+    _refuse_misfits(path, network, "a point encoder of the same --use-xyz and --point-features")
     encoder.load_state_dict(_sound_weights(path, network), strict=False)
     return "\n  ".join(_summary(path, network))
 
@@ -660,8 +661,10 @@ def _meta(checkpoint, run, format, with_points):
         of_255 = {key: [round(255 * value, 3) for value in run.about[key]] for key in ("mean", "std")}
         meta["img_norm_cfg"] = {**of_255, "to_rgb": run.about["channels"] == "RGB"}
     if with_points:
+        features = run.config.get("point_features", ["reflectance"])
+        channels = [channel for name in features for channel in encoders.POINT_FEATURES[name]]
         places = run.config["places"]
-        meta["points"] = {"arch": "PointNet2SAMSG", "input": ["x", "y", "z", "reflectance"], "places": places}
+        meta["points"] = {"arch": "PointNet2SAMSG", "input": ["x", "y", "z", *channels], "places": places}
     return meta
 
 

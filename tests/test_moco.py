@@ -354,7 +354,7 @@ def test_every_preset_of_simipu_has_its_frames():
     assert list(moco.PRESETS) == list(simipu.PRESETS)
     for name, (_, c) in moco.PRESETS.items():
         theirs = simipu.PRESETS[name][1]
-        for field in ("dataset", "data_root", "splits", "frame_stride", "image_encoder"):
+        for field in ("data_root", "splits", "frame_stride", "image_encoder"):
             assert getattr(c, field) == getattr(theirs, field)
         moco.check_config(c, 1)
     assert moco.PRESETS["kitti"][1].queue == 65536 and moco.PRESETS["kitti"][1].momentum == 0.999
