@@ -165,6 +165,8 @@ class Config:
     """Steps between checkpoints. The last step and a polite kill save too."""
     keep_every: int = 0
     """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Show what log.jsonl says there, too, if that package is installed."""
 
 
 PRESETS = {
@@ -199,7 +201,7 @@ WARM_UP, START, END = 0.3, 1 / 25, 1 / 2500
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "depth_root", "workers", "resident", "name", "out", "device", "compile", "init"}
-FREE |= {"log_every", "save_every", "keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"log_every", "save_every", "keep_every", "track", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 # -----------------------------------------------------------------------------
@@ -455,6 +457,7 @@ def train(c):
             loop.judge()
     if not loop.stopping:
         finish(model, c, run, pairs, held_out, loop)
+        loop.end()
 
 
 def finish(model, c, run, pairs, held_out, loop):

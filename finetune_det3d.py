@@ -173,6 +173,8 @@ class Config:
     """Steps between checkpoints. The last step and a polite kill save too."""
     keep_every: int = 0
     """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Show what log.jsonl says there, too, if that package is installed."""
 
 
 PRESETS = {
@@ -206,7 +208,7 @@ MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.1, 100, 0.01, 50  # of a predi
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "name", "out", "device", "log_every", "save_every", "init", "load"}
-FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"keep_every", "track", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 # -----------------------------------------------------------------------------
@@ -750,6 +752,7 @@ def train(c):
             loop.judge()
     if not loop.stopping:
         finish(model, c, run, frames, held_out, loop)
+        loop.end()
 
 
 def finish(model, c, run, frames, held_out, loop):

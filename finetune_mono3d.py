@@ -89,7 +89,9 @@ class Config:
     """Box (width, height) that images are resized into, keeping their ratio, for training and judging."""
     # ---- network ----
     init: str = "none"
-    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. none: from scratch.
+    """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     image_encoder: str = "resnet50"
@@ -143,6 +145,8 @@ class Config:
     """Steps between checkpoints. The last step and a polite kill save too."""
     keep_every: int = 0
     """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Show what log.jsonl says there, too, if that package is installed."""
 
 
 PRESETS = {
@@ -174,7 +178,7 @@ MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.05, 1000, 0.8, 200  # of a pre
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "name", "out", "device", "log_every", "save_every", "init"}
-FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"keep_every", "track", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 
 
 # -----------------------------------------------------------------------------
@@ -644,6 +648,7 @@ def train(c):
             loop.judge()
     if not loop.stopping:
         finish(model, c, run, frames, held_out, truth, loop)
+        loop.end()
 
 
 def finish(model, c, run, frames, held_out, truth, loop):

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import track
 from files import BadInput, disk_errors, read_checkpoint, remove_stale, save_atomically, writing
 from runtime import INTERRUPTED, NOBODY_READS, blocked, differences
 
@@ -362,12 +363,15 @@ class Loop:
             if loop.reporting: loop.report(epoch, stats)
             if loop.saving: loop.save(...)              # before judging, which may be killed, or end at a broken file
             if loop.judging: loop.judge()               # loop.judged: what it last found
+        if not loop.stopping:
+            ...                                         # pictures
+            loop.end()
 
-    c has the fields out, name, log_every, save_every, keep_every, max_steps, epochs, batch_size, and, where there is a
-    judgement, eval_every. identity: what must be as it was on resuming. names: of the frames, for messages; a batch
-    says under "index" which it holds. judgement() -> figures, logged as `what`, if there is anything to judge on; a run
-    killed while it judged does so when it is started again, and so does a finished one. loop.model is the model as it
-    is to be called: on several processes it also averages gradients.
+    c has the fields out, name, log_every, save_every, keep_every, max_steps, epochs, batch_size; eval_every where there
+    is a judgement; track if the run may be shown elsewhere (track.py). identity: what must be as it was on resuming.
+    names: of the frames, for messages; a batch says under "index" which it holds. judgement() -> figures, logged as
+    `what`, if there is anything to judge on; a run killed while it judged does so when it is started again, and so does
+    a finished one. loop.model is the model as it is to be called: on several processes it also averages gradients.
 
     A run that is asked to stop, by SIGTERM, Ctrl-C or a terminal that closes, finishes its step, saves and leaves; so
     does one whose next batch cannot be had, and that is an error then. One process at a time works in a run's folder.
@@ -378,7 +382,8 @@ class Loop:
         self.what, self.judgement, self.judged = what, judgement, None
         if not inside(c.out, c.name):
             raise BadInput(f"--out '{c.out}' --name '{c.name}': the name must be that of a folder inside --out")
-        self.folder, self.lock = Path(c.out) / c.name, None
+        self.folder, self.lock, self.tracker = Path(c.out) / c.name, None, None
+        track.imported(self.tracked)
         with self.naming_folder():
             if run.main and self.folder.is_dir():
                 self.lock = lock(self.folder / "log.jsonl")
@@ -393,6 +398,10 @@ class Loop:
         if run.world > 1:
             self.model = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
         self.stopping, self.status, self.free_to_leave = False, 0, False
+
+    @property
+    def tracked(self):
+        return getattr(self.c, "track", "none")
 
     @contextlib.contextmanager
     def naming_folder(self):
@@ -424,6 +433,7 @@ class Loop:
             with self.naming_folder():
                 self.take_folder()
             logged = cut_log(self.folder / "log.jsonl", self.start)
+            self.tracker = track.start(self.tracked, self.folder, self.c.name, logged)
             judged = any(line["step"] == self.start and self.what in line for line in logged)
             ended = self.start >= steps
             owed = bool(self.start and self.judgement) and (ended or (self.judges_at(self.start) and not judged))
@@ -543,6 +553,8 @@ class Loop:
         if self.run.main:
             with disk_errors(path), path.open("a") as f:
                 f.write(json.dumps(line) + "\n")
+        if self.tracker:
+            self.tracker.add(line)
 
     def judge(self):
         """A line of log.jsonl. The time that it takes is no step's."""
@@ -569,6 +581,13 @@ class Loop:
             if path != last:  # in this order: a run killed between them comes by here again
                 link(path, last)
         self.saved = self.done
+
+    def end(self):
+        """After the run's pictures, which are shown where the run is."""
+        if self.tracker:
+            for path in sorted(self.folder.glob("*.png")):
+                self.tracker.picture(path, self.done)
+            self.tracker.close()
 
     # ---- asked to stop ----
 
@@ -599,6 +618,8 @@ class Loop:
 
     def leave(self):
         """After the save of a run that was asked to stop, or has to. Raises SystemExit unless that was by SIGTERM."""
+        if self.tracker:
+            self.tracker.close()
         saved = f"step {self.done} is saved, and the same command goes on from there"
         broken = self.run.gather([self.run.broken] if self.run.broken else [])
         if broken:

@@ -108,7 +108,7 @@ class Config:
     momentum: float = 0.999
     """Of the key encoder: the share of itself that it keeps at a step."""
     temperature: float = 0.2
-    """Of the loss."""
+    """Of the loss. MoCo v1's is .07, with which short runs learn faster."""
     # ---- optimisation ----
     batch_size: int = 256
     """Images per step, over all GPUs. The rate is meant for this batch and is not rescaled."""
@@ -149,12 +149,15 @@ class Config:
     """Steps between checkpoints. The last step and a polite kill save too."""
     keep_every: int = 0
     """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Show what log.jsonl says there, too, if that package is installed."""
 
 
 SHARED = "data_root splits cameras version frame_stride skip_missing synthetic_frames workers image_encoder"
 OWN = {  # what a preset has beside what it shares with simipu.py's of that name
     "demo": {
-        "view": (192, 64), "queue": 256, "hidden": 512, "batch_size": 16, "group": 16,
+        "view": (192, 64), "queue": 128, "hidden": 512, "temperature": 0.07, "batch_size": 16, "group": 16,
+        "optimizer": "adamw", "lr": 1e-3,
         "epochs": 1000, "max_steps": 140, "log_every": 5, "save_every": 35,
     },
     "waymo": {"view": (480, 320)},
@@ -167,7 +170,7 @@ def preset(name):
     theirs = simipu.PRESETS[name][1]
     words = f"The frames of `simipu.py {name}`."
     if name == "demo":
-        words = "Built-in scenes, ResNet-18, a short queue, minutes on two CPU cores."
+        words = "Built-in scenes, ResNet-18, a short queue, AdamW, minutes on two CPU cores."
     return words, Config(
         name=f"moco_{name}", **{field: getattr(theirs, field) for field in SHARED.split()}, **OWN.get(name, {})
     )
@@ -176,7 +179,7 @@ def preset(name):
 PRESETS = {name: preset(name) for name in simipu.PRESETS}
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
-FREE = {"data_root", "workers", "name", "out", "device", "compile", "log_every", "save_every", "keep_every"}
+FREE = {"data_root", "workers", "name", "out", "device", "compile", "log_every", "save_every", "keep_every", "track"}
 FREE |= {"cameras", "version"}  # as data_root: the frames that they find must be the same
 
 TRIES = 10  # at a window that lies in the image
@@ -563,14 +566,17 @@ def train(c):
                 about = {"step": loop.done, "git": loop.about["git"]}
                 weights.save_backbone(model.encoder_q[0], c.image_encoder, about, loop.folder / "backbone.pt")
             loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
-    if not loop.stopping and run.main:
-        finish(loop)
+    if not loop.stopping:
+        finish(run, loop)
+        loop.end()
 
 
-def finish(loop):
-    folder = loop.folder
-    pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
-    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
+def finish(run, loop):
+    """The curves."""
+    if run.main:
+        folder = loop.folder
+        pictures.draw_curves(folder / "log.jsonl", folder / "curves.png")
+        print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
 
 
 def main():

@@ -235,6 +235,8 @@ class Config:
     """Steps between checkpoints. The last step and a polite kill save too."""
     keep_every: int = 0
     """Every so many steps, keep the checkpoint as step_N.pt beside last.pt. 0: none."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Show what log.jsonl says there, too, if that package is installed."""
 
 
 PRESETS = {
@@ -276,7 +278,7 @@ PRESETS = {
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
-FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"keep_every", "track", "eval_splits", "eval_root", "eval_frames", "eval_every"}
 FREE |= {"cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
@@ -752,6 +754,7 @@ def train(c):
             loop.judge()
     if not loop.stopping:
         finish(model, c, run, frames, held_out, loop)
+        loop.end()
 
 
 def untrained(c, device):
