@@ -145,20 +145,22 @@ class Workload:
 
     about: its sizes in words. c: the training's config. dataset, collate: what loading processes read, and how they
     make a batch of it. augment: a collated batch -> what the model reads, on the device. prepares: its stages, as
-    Timeline.watch has them. raw, batch: the first frames before and after that. decode_ms: what reading them took.
+    Timeline.watch has them. raw, batch: the first frames before and after that.
     """
 
     def __init__(self, about, c, dataset, augment, model, collate=data.collate, prepares=None):
         self.c, self.dataset, self.augment, self.model = c, dataset, augment, model.train()
         self.collate, self.prepares = collate, prepares or {}
-        start = time.perf_counter()
-        self.raw = collate([dataset[(0, i)] for i in range(c.batch_size)])
-        self.decode_ms = 1e3 * (time.perf_counter() - start)
+        self.raw = self.read()
         if isinstance(self.raw, BadInput):
             raise self.raw
         self.batch = augment(self.raw)
         height, width = self.batch["image"].shape[2:]
         self.about = f"{c.batch_size} frames of {c.data_root[0]}: {about}, images {width} x {height}"
+
+    def read(self):
+        """The first frames, as a loading process reads them."""
+        return self.collate([self.dataset[(0, i)] for i in range(self.c.batch_size)])
 
 
 def check_options(o):
