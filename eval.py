@@ -541,8 +541,8 @@ def det3d(
         roots, named = data_root or c.eval_root or c.data_root, splits or c.eval_splits or ("val",)
         limit = c.eval_frames if frames is None else frames
         chosen = frames_to_detect(roots, named, limit, skip_missing or c.skip_missing)
-        eval_boxes.check_frames(chosen, c)
         labelled = "test" not in named
+        eval_boxes.check_frames(chosen, c, chosen if labelled else ())
         if not (labelled or save):
             raise BadInput("--splits test: has no labels to judge by; --save writes what is found there")
         seen = len(trained_on & set(data.inventory(chosen)))
