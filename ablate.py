@@ -4,11 +4,18 @@
     python ablate.py --name mine --only "SimIPU" "wrong pairs" --data-root data/kitti --splits train --max-steps 500
     python ablate.py --task depth --inits none out/demo/backbone.pt --labels 1 0.25     # of what use is the start?
     python ablate.py --task det3d --inits no-image none out/demo/backbone.pt --labels 1 # the same for detection
+    python ablate.py --task mono3d --inits none out/demo/backbone.pt --labels 1         # and from images alone
+
+How much do more frames help? Pre-training on 30, 100 and 300 of them, the same number of steps, then depth from each:
+
+    python ablate.py --name more --only SimIPU --frames 30 100 300 --curve gain.png --data-root data/scenes400
+    python ablate.py --task depth --name more_depth --frames 30 100 300 --curve depth.png --data-root data/scenes400 \
+        --labels 1 --inits none "out/more/SimIPU_{frames}_frames/{seed}/backbone.pt"
 
 Flags that are not this script's own go to the task's script: simipu.py for matching, finetune_depth.py for depth,
-finetune_det3d.py for det3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another preset by --preset), in
-out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a table that was
-interrupted goes on where it stopped.
+finetune_det3d.py for det3d, finetune_mono3d.py for mono3d. Every run is `SCRIPT demo FLAGS VARIANT --seed S` (another
+preset by --preset), in out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a
+table that was interrupted goes on where it stopped.
 
 The table, in Markdown, has the mean over seeds, and their range, of the last step's figures (eval.py says what they
 are). No run and no step is picked. `random` is the untrained network. --gather-negatives needs several processes;
@@ -39,6 +46,8 @@ from tqdm import tqdm
 import eval_match
 import finetune_depth
 import finetune_det3d
+import finetune_mono3d
+import pictures
 import runtime
 import simipu
 from files import BadInput, read_log
@@ -60,6 +69,18 @@ VARIANTS = {
     "colour jitter": "--jitter 0.4 0.4 0.4 0.1",
     "crops, shifts, jitter": "--crop 0.5 1 --shift 0 0.25 --jitter 0.4 0.4 0.4 0.1",
     "groups of 8": "--batch-size 8 --group 8",
+    "height": "--point-features reflectance height",
+    "shape": "--point-features reflectance shape",
+    "height, shape": "--point-features reflectance height shape",
+    "height alone": "--point-features height",
+    "without reflectance": "--point-features height shape",
+    "height, wrong pairs": "--point-features reflectance height --pairs wrong",
+    "shape, wrong pairs": "--point-features reflectance shape --pairs wrong",
+    "height, shape, wrong pairs": "--point-features reflectance height shape --pairs wrong",
+    "position negatives": "--position-negatives 1",
+    "position negatives, height, shape": "--position-negatives 1 --point-features reflectance height shape",
+    "strides 16 and 32": "--inter-stages 3 4",
+    "strides 16 and 32, height, shape": "--inter-stages 3 4 --point-features reflectance height shape",
 }
 
 
@@ -81,11 +102,13 @@ TASKS = {
         simipu,
         "match",
         {
+            "gain, nats": ("gain", 1, 2),
             "rank, right image, %": ("right_rank", 1, 1),
             "rank, another's, %": ("wrong_rank", 1, 1),
             "gap, points": ("gap", 1, 1),
             "top1, %": ("right_top1", 100, 1),
-            "excess": ("right_excess", 1, 1),
+            "excess": ("right_excess", 1, 2),
+            "of position": ("position_excess", 1, 2),
             "rank, other view, %": ("intra_rank", 1, 1),
             "other view's top1, %": ("intra_top1", 100, 1),
         },
@@ -114,6 +137,20 @@ TASKS = {
             "cyclists": ("Cyclist.n.1", 1, 0),
         },
     ),
+    "mono3d": Task(
+        finetune_mono3d,
+        "mono3d",
+        {
+            "mAP, %": ("mean_ap", 100, 1),
+            "AP car, %": ("mean_dist_aps.car", 100, 1),
+            "pedestrian, %": ("mean_dist_aps.pedestrian", 100, 1),
+            "bicycle, %": ("mean_dist_aps.bicycle", 100, 1),
+            "ATE, m": ("tp_errors.trans_err", 1, 2),
+            "ASE": ("tp_errors.scale_err", 1, 2),
+            "AOE": ("tp_errors.orient_err", 1, 2),
+            "NDS, %": ("nd_score", 100, 1),
+        },
+    ),
 }
 
 
@@ -123,8 +160,8 @@ class Options:
     to the task's script.
     """
 
-    task: Literal["match", "depth", "det3d"] = "match"
-    """match: pre-training, judged by matching. depth and det3d: fine-tuning, judged by the metrics of the task."""
+    task: Literal["match", "depth", "det3d", "mono3d"] = "match"
+    """match: pre-training, judged by matching. The others: fine-tuning, judged by the metrics of the task."""
     preset: str = "demo"
     """Of the task's script."""
     name: str = "ablation"
@@ -136,11 +173,17 @@ class Options:
     only: tuple[str, ...] = ()
     """Of match: names of variants; () for all of them."""
     inits: tuple[str, ...] = ("none", "out/demo/backbone.pt")
-    """Of depth and det3d: weights that the image encoder starts from. {seed} stands for the seed. A finished run is
+    """Of the others: weights that the image encoder starts from. {seed} stands for the seed. A finished run is
     known by this path, not by what lies there. no-image, of det3d: points alone.
     """
     labels: tuple[float, ...] = (1.0, 0.25)
-    """Of depth and det3d: shares of the training frames."""
+    """Of the others: shares of the training frames."""
+    frames: tuple[int, ...] = ()
+    """Of match: pre-train every variant on so many frames, each number in turn; () for all that there are. Of the
+    others: what {frames} in --inits stands for.
+    """
+    curve: Path | None = None
+    """PNG to draw the first column of the table into, against --frames."""
 
 
 # -----------------------------------------------------------------------------
@@ -152,26 +195,46 @@ def check_options(options):
     runtime.check_range(options, "seeds", 0, 2**63 - 1, "from 0 to 2^63 - 1")
     runtime.check_range(options, "jobs", 1, 1000, "from 1 to 1000")
     runtime.check_range(options, "labels", 1e-30, 1, "above 0, and 1 at most")
+    runtime.check_range(options, "frames", 2, 1e9, "2 or more")
     for flag in ("name", "seeds", "inits", "labels"):
         if not getattr(options, flag):
             raise BadInput(f"--{flag}: nothing given")
+    if options.curve and not options.frames:
+        raise BadInput("--curve: give --frames, which it is drawn against")
+    if options.task != "match" and options.frames and not any("{frames}" in init for init in options.inits):
+        raise BadInput("--frames: no {frames} in --inits")
 
 
 def variants_of(options):
     """{name: flags}. Raises BadInput for unknown names."""
+    return {name: flags for lines in series_of(options).values() for name, flags in lines.values()}
+
+
+def series_of(options):
+    """What a curve has a line for: {name: {number of --frames, or None: (name of the variant, flags)}}. Raises BadInput
+    for unknown names.
+    """
     if options.task != "match":
         if options.only:
             raise BadInput("--only: of --task match; --inits and --labels say what is run for the others")
-        variants = {}
+        series = {}
         for share in options.labels:
             for init in options.inits:
-                start = "--no-image" if init == "no-image" else f"--init {shlex.quote(init)}"
-                variants[f"{init}, {share:g} of labels"] = f"{start} --labels {share:g}"
-        return variants
+                line = series[f"{init}, {share:g} of labels"] = {}
+                for count in options.frames if "{frames}" in init else (None,):
+                    own = init.replace("{frames}", str(count))
+                    start = "--no-image" if own == "no-image" else f"--init {shlex.quote(own)}"
+                    line[count] = f"{own}, {share:g} of labels", f"{start} --labels {share:g}"
+        return series
     unknown = set(options.only) - VARIANTS.keys()
     if unknown:
         raise BadInput(f"--only {', '.join(sorted(unknown))}: the variants are {', '.join(VARIANTS)}")
-    return {name: VARIANTS[name] for name in options.only or VARIANTS}
+    series = {}
+    for name in options.only or VARIANTS:
+        line = series[name] = {} if options.frames else {None: (name, VARIANTS[name])}
+        for count in options.frames:
+            line[count] = f"{name}, {count} frames", f"{VARIANTS[name]} --train-frames {count}".strip()
+    return series
 
 
 def flag_of(word):
@@ -276,6 +339,8 @@ def ablate(options, flags, base):
         raise BadInput("--seed: give --seeds")
     if not base.max_steps:
         raise BadInput("--max-steps 0: an ablation needs the same number of steps for all")
+    if getattr(base, "protocol", "kitti") == "waymo":
+        raise BadInput("--protocol waymo: the table is of KITTI's figures")
     where = runtime.start_run(base.device)
     if base.data_root != task.script.PRESETS[options.preset][1].data_root:  # no scenes in place of data that are amiss
         flags = overridden(flags, ["--synthetic-frames", "0"])
@@ -288,6 +353,8 @@ def ablate(options, flags, base):
     frames, held_out, note = task.script.load_frames(base, where)
     if not held_out:
         raise BadInput("--eval-splits: an ablation needs frames to judge on")
+    if options.task == "match" and options.frames and max(options.frames) > len(frames):
+        raise BadInput(f"--frames {max(options.frames)}: there are {len(frames)}")
 
     found = {}
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -296,7 +363,8 @@ def ablate(options, flags, base):
             found[job.variant, job.seed] = result
 
     seeds = " ".join(map(str, options.seeds))
-    trained = f"{len(frames)} frames, {base.max_steps} steps of {base.batch_size}"
+    counts = ", ".join(map(str, options.frames)) if options.task == "match" and options.frames else len(frames)
+    trained = f"{counts} frames, {base.max_steps} steps of {base.batch_size}"
     print(f"{trained}, judged on {len(held_out)} others; mean (range) over seeds {seeds}")
     if note:
         print(note)
@@ -308,6 +376,21 @@ def ablate(options, flags, base):
     for variant, own in variants.items():
         name = f"{variant} `{own}`" if own and options.task == "match" else variant
         print(row(name, [found[variant, seed] for seed in options.seeds], task))
+    if options.curve:
+        draw_curve(options, found, task)
+
+
+def draw_curve(options, found, task):
+    """The first column of the table against --frames: found, the judgements {(variant, seed): figures}, -> a PNG."""
+    column, (key, factor, _) = next(iter(task.columns.items()))
+    lines = {}
+    for name, line in series_of(options).items():
+        lines[name] = {}
+        for count in sorted(options.frames):
+            variant, _ = line.get(count) or line[None]  # a start that needs no frames lies flat
+            lines[name][count] = [factor * figure(found[variant, seed], key) for seed in options.seeds]
+    pictures.draw_against_frames(lines, column, options.curve)
+    print(f"wrote {options.curve}")
 
 
 # -----------------------------------------------------------------------------

@@ -55,10 +55,10 @@ def spread(runs):
 # what is measured: time, memory kept, memory moved
 
 
-def stamp(cuda):
-    """This moment: seconds, or an event on the GPU's stream, which nobody waits for."""
-    if not cuda:
-        return time.perf_counter()
+def stamp(clock):
+    """This moment: seconds of the clock; without one an event on the GPU's stream, which nobody waits for."""
+    if clock:
+        return clock()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -74,12 +74,12 @@ def milliseconds(start, end):
 class Timeline:
     """The stages of one step. They nest; time belongs to the innermost. Nothing waits for a GPU before `read`."""
 
-    def __init__(self, cuda):
-        self.cuda, self.stage, self.marks = cuda, "", []
+    def __init__(self, clock):
+        self.clock, self.stage, self.marks = clock, "", []
 
     def enter(self, stage):
         self.stage = stage
-        self.marks.append((stage, stamp(self.cuda)))
+        self.marks.append((stage, stamp(self.clock)))
 
     def timed(self, stage, function):
         """The function as a stage. A function that it returns, to be called later, belongs to the stage, too."""
@@ -95,10 +95,11 @@ class Timeline:
 
     @contextlib.contextmanager
     def watch(self, stages):
-        """Stages inside a model's forward, told from outside: {stage: (owner, name of the function)}."""
+        """Stages inside a model's forward, told from outside: {stage: [(owner, name of a function), ...]}."""
         with contextlib.ExitStack() as patches:
-            for stage, (owner, name) in stages.items():
-                patches.enter_context(patch.object(owner, name, self.timed(stage, getattr(owner, name))))
+            for stage, functions in stages.items():
+                for owner, name in functions:
+                    patches.enter_context(patch.object(owner, name, self.timed(stage, getattr(owner, name))))
             yield
 
     def read(self):
@@ -191,12 +192,13 @@ class Traffic(TorchDispatchMode):
 class Meter:
     """Measures the sides of a row, prints the row, and keeps it in `lines`, as it goes to --json.
 
-    A side is a function of the dtype that activations should have.
+    A side is a function of the dtype that activations should have. clock: a CPU's, of seconds; a GPU has its own.
     """
 
-    def __init__(self, device, repeats):
+    def __init__(self, device, repeats, clock=time.perf_counter):
         self.device, self.repeats = device, repeats
         self.cuda = device.type == "cuda"
+        self.clock = None if self.cuda else clock
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations while the clock runs
         self.clock_runs = False  # until it does, peers must give the same results
         self.weights = []  # which autograd saves, too, but which are there anyway
@@ -223,9 +225,9 @@ class Meter:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        start = stamp(self.cuda)
+        start = stamp(self.clock)
         function(*args)
-        end = stamp(self.cuda)
+        end = stamp(self.clock)
         if not self.cuda:
             return milliseconds(start, end), None
         torch.cuda.synchronize()

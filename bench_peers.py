@@ -7,6 +7,11 @@ Of `bench.py ops`:
     set abstraction     group, then Conv2d, BatchNorm2d and ReLU over (B, C, M, k), then max
     bilinear sampling   F.grid_sample, image by image
     assignment          scipy's, of full matrices, one after another
+    sparse tables       a search for each of the 27 cells, and of each table, in place of the half that tells the rest
+    sparse encoder      `dense_table_conv`; for the forward pass on a CPU also spconv, where it is installed
+                        (`pip install spconv`, the wheel without CUDA), with its own tables
+    rotated overlap     polygons: corners inside the other, crossings of edges, sorted by angle (`polygon_iou`)
+    NMS                 box by box, with our overlaps, and with those of polygons
 
 Of `bench.py step`: the same step with grouped set abstractions, serial scipy, and grid_sample image by image. Its
 farthest points and balls stay ours, since the usual code has compiled CUDA operations for them. Where image sizes are
@@ -14,6 +19,9 @@ drawn, the usual code draws one for each image and pads the batch to the largest
 
 Of `bench.py step --task depth`: the same network in the toolbox's way, that is float32 (TF32 where a GPU has it),
 channels first, an unfused AdamW, and a loss that indexes by a mask (`masked_sig_loss`).
+
+Of `bench.py step --task det3d`: the same network with `dense_table_conv` and grid_sample image by image; the selection
+of boxes with greedy suppression on polygons (`polygon_nms`).
 """
 
 import numpy as np
@@ -25,7 +33,14 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
+import ops_boxes
+import ops_sparse
 import ops_triton as ops
+
+try:
+    import spconv.pytorch as spconv
+except ImportError:
+    spconv = None
 
 # -----------------------------------------------------------------------------
 # the peers
@@ -116,11 +131,11 @@ class Grouped(nn.Module):
 
 def grid_sample_per_image(feature_map, uv):
     """feature_map (B, C, H, W), uv (B, N, 2) in cells -> (B, N, C)."""
-    size = uv.new_tensor([feature_map.shape[3] - 1, feature_map.shape[2] - 1])
+    size = uv.new_tensor([feature_map.shape[3], feature_map.shape[2]])
     samples = []
     for m, p in zip(feature_map, uv):
-        grid = (2 * p / size - 1)[None, None]  # (1, 1, N, 2)
-        samples.append(F.grid_sample(m[None].float(), grid, align_corners=True)[0, :, 0].T)
+        grid = ((2 * p + 1) / size - 1)[None, None]  # (1, 1, N, 2)
+        samples.append(F.grid_sample(m[None].float(), grid, align_corners=False)[0, :, 0].T)
     return torch.stack(samples).to(feature_map.dtype)
 
 
@@ -137,6 +152,11 @@ def serial_scipy(alpha, beta, T, visible, method):
     rows = visible.flatten().nonzero()[:, 0]
     result = torch.stack(partner).to(alpha.device), torch.stack(distance).to(alpha.device), rows
     return lambda: result
+
+
+def matching(match, *question):
+    """A side of a row: `match`, as simipu.match_in_background, asked and waited for."""
+    return lambda dtype: match(*question)()
 
 
 def masked_sig_loss(prediction, truth):
@@ -160,6 +180,144 @@ def padding(sizes, c):
         canvas = np.ceil(resized.max(1) / data.SIZE_DIVISOR) * data.SIZE_DIVISOR
         pixels.append(canvas.prod(1).mean())
     return pixels[0] / pixels[1]
+
+
+# -----------------------------------------------------------------------------
+# detection's
+
+
+def tables_of(levels):
+    """All tables of ops_sparse.pyramid's levels."""
+    return [table for level in levels for table in (level.around, level.down) if table]
+
+
+def rows_of_tables(levels):
+    """Their tensors, which are there before a layer runs, and which no layer should be said to save."""
+    return [rows for table in tables_of(levels) for rows in (table.inputs, table.outputs)]
+
+
+def searched_tables(stages, grid, windows):
+    """In place of ops_sparse.pyramid: keys of all stages -> its tables in order. They lack the transposes."""
+    around = ops_sparse.Window((3, 3, 3), (1, 1, 1), (1, 1, 1))
+    tables = []
+    for keys, next_keys, window in zip(stages, stages[1:], windows):
+        for out_keys, layer in ((keys, around), (next_keys, window)):
+            inputs = searched_table(keys, grid, out_keys, layer)
+            nothing = inputs.new_empty(0, len(keys))
+            tables.append(ops_sparse.Table(layer.kernel, inputs, nothing, 13 if layer is around else None))
+        grid = grid.after(window)
+    return tables
+
+
+def searched_table(keys, grid, out_keys, window):
+    """ops_sparse.Table's inputs (K, M), by one search for each cell of the kernel."""
+    frame, *cells = grid.after(window).decode(out_keys)
+    z, y, x = (cell * stride - padding for cell, stride, padding in zip(cells, window.stride, window.padding))
+    rows = []
+    for dz, dy, dx in np.ndindex(*window.kernel):
+        wanted = grid.encode(frame, z + dz, y + dy, x + dx)
+        row = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        rows.append(torch.where(keys[row] == wanted, row, len(keys)))
+    return torch.stack(rows).int()
+
+
+def dense_table_conv(x, weight, table, impl=None):
+    """In place of ops_sparse.sparse_conv: for each kernel cell all rows, those without a neighbour as zeros."""
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    out = x.new_zeros(table.inputs.shape[1], weight.shape[4])
+    for rows, w in zip(table.inputs, weight.flatten(0, 2)):
+        out = out + padded.index_select(0, rows) @ w
+    return out
+
+
+def spconv_layers(encoder, windows):
+    """spconv's layers with the weights of a finetune_det3d.SparseEncoder, each with its batch norm: [(layer, norm)]."""
+    parts = encoder.encoder_layers
+    first = [encoder.conv_input, *parts["encoder_layer1"]]
+    stages = [first, *(parts[f"encoder_layer{i}"] for i in (2, 3, 4)), [encoder.conv_out]]
+    native = {"bias": False, "algo": spconv.ConvAlgo.Native}
+    layers = []
+    for i, blocks in enumerate(stages):
+        for j, (conv, norm) in enumerate(blocks):
+            channels = conv.weight.shape[3:]
+            if i and j == 0:
+                kernel, stride, padding = map(list, windows[i - 1])
+                layer = spconv.SparseConv3d(*channels, kernel, stride, padding, **native)
+            else:
+                layer = spconv.SubMConv3d(*channels, 3, padding=1, indice_key=f"stage {i}", **native)
+            layer.weight.data.copy_(conv.weight.data.permute(4, 0, 1, 2, 3))  # C_out first, C_in last
+            layers.append((layer, norm))
+    return layers
+
+
+def spconv_encoder(x, cells, grid, frames, layers):
+    """x (M, C) at cells (M, 4) int32: frame, z, y, x; layers: of spconv_layers -> the map seen from above."""
+    found = spconv.SparseConvTensor(x, cells, list(grid.shape), frames)
+    with torch.no_grad():
+        for layer, norm in layers:
+            found = layer(found)
+            found = found.replace_feature(F.relu(norm(found.features)))
+        return found.dense().flatten(1, 2)
+
+
+def cross(a, b):
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+def polygon_iou(a, b):
+    """In place of ops_boxes.bev_iou, of tensors (..., 7): the corners of the polygon that both share, in order."""
+    origin = a[..., :2]  # far from it, float32 would lose digits
+    p, q = (ops_boxes.corners(box)[..., :4, :2] - origin[..., None, :] for box in (a, b))  # (..., 4, 2)
+    p, q = torch.broadcast_tensors(p, q)
+    p_edge, q_edge = p.roll(-1, -2) - p, q.roll(-1, -2) - q
+    gap, e, f = q[..., None, :, :] - p[..., :, None, :], p_edge[..., :, None, :], q_edge[..., None, :, :]
+    across = cross(e, f)  # (..., 4, 4); 0 for parallel edges, which do not cross
+    t, u = cross(gap, f) / across, cross(gap, e) / across
+    crossings = (p[..., :, None, :] + t[..., None] * e).flatten(-3, -2)
+    crossed = ((t >= 0) & (t <= 1) & (u >= 0) & (u <= 1)).flatten(-2)
+
+    def within(corners, ring, edges):
+        side = cross(edges[..., None, :, :], corners[..., :, None, :] - ring[..., None, :, :])
+        return (side >= 0).all(-1)
+
+    corners = torch.cat([p, q, crossings], -2)  # (..., 24, 2)
+    there = torch.cat([within(p, q, q_edge), within(q, p, p_edge), crossed], -1)
+    corners = torch.where(there[..., None], corners, 0)
+    corners = corners - corners.sum(-2, keepdim=True) / there.sum(-1)[..., None, None].clamp(min=1)
+    angle = torch.atan2(corners[..., 1], corners[..., 0]).masked_fill(~there, torch.inf)
+    order = angle.argsort(-1)
+    ring = corners.gather(-2, order[..., None].expand_as(corners))
+    ring = torch.where(there.gather(-1, order)[..., None], ring, ring[..., :1, :])
+    shared = cross(ring, ring.roll(-1, -2)).sum(-1).abs() / 2
+    areas = a[..., 3] * a[..., 4] + b[..., 3] * b[..., 4]
+    return shared / (areas - shared)
+
+
+def polygon_nms(boxes, scores, threshold):
+    """In place of ops_boxes.nms: all overlaps as polygons, then greedy suppression, set by set, on the host."""
+    overlaps = ops_boxes.pairwise(polygon_iou, boxes, boxes) > threshold  # (..., K, K)
+    K = scores.shape[-1]
+    overlaps = overlaps.expand(*scores.shape, K).reshape(-1, K, K).cpu().numpy()
+    return suppress(scores, lambda s, i: overlaps[s, i])
+
+
+def greedy_nms(boxes, scores, threshold):
+    """In place of ops_boxes.nms: the overlaps of each box that stays with all others, when its turn has come."""
+    flat = boxes.expand(*scores.shape, 7).reshape(-1, *boxes.shape[-2:])
+    return suppress(scores, lambda s, i: (ops_boxes.bev_iou(flat[s, i], flat[s]) > threshold).cpu().numpy())
+
+
+def suppress(scores, too_near):
+    """Greedy suppression. too_near(set, box) -> (K,) bool. -> as ops_boxes.nms."""
+    K = scores.shape[-1]
+    host = scores.reshape(-1, K).cpu().numpy()
+    alive, keep = np.isfinite(host), np.zeros(host.shape, bool)
+    for s, order in enumerate(np.argsort(-host, 1, kind="stable")):
+        for i in order:
+            if alive[s, i]:
+                alive[s] &= ~too_near(s, i)
+                keep[s, i] = True
+    return torch.from_numpy(keep.reshape(scores.shape)).to(scores.device)
 
 
 # -----------------------------------------------------------------------------
@@ -198,6 +356,11 @@ def norms_differ(ours, peer):
         norm = b.float().norm().clamp(min=1e-30)
         errors.append(float((a - b).float().norm() / norm))
     return max(errors)
+
+
+def share_differs(ours, peer):
+    """The largest share of elements that differ, of any of the results."""
+    return max(float((a != b).float().mean()) for a, b in zip(ours, peer))
 
 
 def costs_differ(ours, peer):

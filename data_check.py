@@ -57,6 +57,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -72,6 +73,9 @@ from tqdm import tqdm
 
 import data
 import data_kitti
+import data_nuscenes
+import data_sets
+import ops_boxes
 import pictures
 import runtime
 from files import BadInput, file_size, list_folder
@@ -85,6 +89,7 @@ TURNS = np.radians(np.arange(-8, 9))  # of boxes about the camera; a row of park
 SHIFT_U, SHIFT_V = np.arange(-40, 41, 4), np.arange(-20, 21, 4)  # pixels of an image 1242 wide
 MAX_SHIFT = 9.0  # two steps of the search, and a diagonal one
 USUAL_SPLITS = ("train", "val", "trainval", "test")
+RING_EDGES = np.array([(i, (i + 1) % 4 + i // 4 * 4) for i in range(8)] + [(i, i + 4) for i in range(4)])  # of a box
 
 
 # -----------------------------------------------------------------------------
@@ -289,8 +294,22 @@ class Findings:
 def list_splits(root, splits, frame_stride, findings):
     """{split: frames}; of raw drives {"drives": frames} unless splits are asked for. `splits` () for all that applies.
 
-    Raises BadInput as data_kitti.list_frames does; but lists that nobody asked for by name are findings.
+    Raises BadInput as data_kitti.list_frames and data_nuscenes.list_frames do; but lists that nobody asked for by name
+    are findings.
     """
+    if data_sets.is_nuscenes(root):
+        chosen = dict.fromkeys(splits or data_nuscenes.splits_of(root))
+        return {split: data_nuscenes.list_frames(root, split, frame_stride=frame_stride) for split in chosen}
+    if data_kitti.sequences_of(root):
+        there = data_kitti.sequences_there(root)
+        lacking = {split: set(names).difference(there) for split, names in data_kitti.SEQUENCES.items()}
+        chosen = [split for split, names in data_kitti.SEQUENCES.items() if len(lacking[split]) < len(names)]
+        chosen = list(dict.fromkeys(splits)) or chosen
+        for split in chosen:
+            if lacking.get(split):
+                absent = f"sequences {', '.join(sorted(lacking[split]))} are not there"
+                findings.add(findings.notes, f"{root}, {split}: {absent}; training wants them, or --skip-missing")
+        return {split: data_kitti.list_frames(root, [split], frame_stride, True) for split in chosen}
     if splits:
         return {split: data_kitti.list_frames(root, [split], frame_stride, True) for split in dict.fromkeys(splits)}
     if not data_kitti.is_object_layout(root):
@@ -379,10 +398,12 @@ def row(name, text):
 
 
 def by_calibration(frames):
-    """{folder of calibrations: its frames}: training/calib, testing/calib, a day of raw drives."""
+    """{folder of calibrations: its frames}: training/calib, testing/calib, a day of raw drives, a sequence, a camera of
+    nuScenes.
+    """
     folders = {}
     for f in frames:
-        folders.setdefault(f.calib[0].parent, []).append(f)
+        folders.setdefault(f.calibrations, []).append(f)
     return folders
 
 
@@ -407,7 +428,7 @@ def check_root(root, splits, frame_stride, max_frames, skip_missing, workers, fi
     folders = by_calibration(frames)
     labelled = {folder for folder, fs in folders.items() if fs[0].label and texts_in(fs[0].label.parent)}
     compared = {f.name for fs in folders.values() for f in data.evenly_spread(fs, EDGE_FRAMES)}
-    jobs = [(f, f.calib[0].parent in labelled, f.name in compared) for f in frames]
+    jobs = [(f, f.calibrations in labelled, f.name in compared) for f in frames]
     found = examine_all(jobs, workers, f"reading {root}")
     for result in found:
         for line in result["errors"]:
@@ -424,16 +445,16 @@ def print_summary(root, split_frames, frames, listed, frame_stride, found, findi
     """What is in a root, in numbers. listed: how many frames there are; `frames` were read, and `found` is what of
     them.
     """
-    is_object = data_kitti.is_object_layout(root)
-    print(f"\n{root}: KITTI {'object' if is_object else 'raw'}")
-    if is_object:
+    print(f"\n{root}: {data_sets.name_of(root)}")
+    has_splits = "drives" not in split_frames
+    if has_splits:
         row("splits", counts([(split, len(fs)) for split, fs in split_frames.items()]))
     else:
         drives = Counter(f.name.split("/")[0] for f in frames)
         row("drives", f"{len(drives)}: {counts(list(drives.items()), 4)}")
     read = "every file read" if len(frames) == listed else f"only {len(frames)} of them read (--max-frames)"
     row("frames", f"{listed}, {read}")
-    if frame_stride > 1 and not is_object:
+    if frame_stride > 1 and not data_kitti.is_object_layout(root):
         row("", f"(every {frame_stride}th of each drive: --frame-stride)")
     sizes = Counter(result["size"] for result in found if "size" in result)
     row("image sizes", counts([(f"{width} x {height}:", n) for (width, height), n in sizes.most_common()]))
@@ -508,7 +529,7 @@ def judge_edges(name, agreements):
     """-> what is wrong, in words, by the edges of a folder of calibrations."""
     best = best_shift(agreements)
     if best is None:
-        return ["in no frame do 50 depth edges fall on the image"] if agreements else []
+        return ["in no frame do 50 depth edges fall on the image"] if len(agreements) >= MIN_FRAMES else []
     u, v, there, here = best
     frames = f"{len(agreements)} frames"
     if len(agreements) < MIN_FRAMES:
@@ -527,7 +548,7 @@ def pick(good, n=4):
     """
     groups = {}
     for frame, found in good:
-        kind = (frame.calib[0].parent, frame.name.split("/")[0], found["size"])
+        kind = (frame.calibrations, frame.name.rpartition("/")[0], found["size"])
         groups.setdefault(kind, []).append((frame, found))
     groups = sorted(groups.values(), key=len, reverse=True)[:n]
     picked = []
@@ -538,16 +559,27 @@ def pick(good, n=4):
     return picked
 
 
+def labelled_boxes(frame):
+    """Pixels (12, 2, 2) of the edges of each labelled box that is all before the camera; [] without labels."""
+    if isinstance(frame, data_nuscenes.Frame):
+        with contextlib.suppress(BadInput):  # labels are not what is checked here
+            uv, depth = data.project(ops_boxes.corners(frame.labels().boxes), frame.lidar2img())
+            return list(uv[(depth > 0.5).all(1)][:, RING_EDGES])
+    if not frame.label or not frame.label.is_file():
+        return []
+    p2, _ = data_kitti.split_projection(frame)
+    boxes = []
+    for label in data_kitti.read_labels(frame.label)[1]:
+        uvw = data_kitti.box_corners(label) @ p2[:, :3].T + p2[:, 3]
+        if uvw[:, 2].min() > 0.5:
+            boxes.append((uvw[:, :2] / uvw[:, 2:])[data_kitti.BOX_EDGES])
+    return boxes
+
+
 def to_draw(frame, found):
     """A frame as pictures.draw_overlay takes it."""
     image, points, lidar2img = frame.read_image(), frame.read_points(), frame.lidar2img()
-    boxes = []
-    if frame.label and frame.label.is_file():
-        p2, _ = data_kitti.split_projection(frame)
-        for label in data_kitti.read_labels(frame.label)[1]:
-            uvw = data_kitti.box_corners(label) @ p2[:, :3].T + p2[:, 3]
-            if uvw[:, 2].min() > 0.5:
-                boxes.append((uvw[:, :2] / uvw[:, 2:])[data_kitti.BOX_EDGES])
+    boxes = labelled_boxes(frame)
     share = found["in_view"] / found["points"]
     title = f"{frame.name}, {image.shape[1]} x {image.shape[0]}"
     title += f": {found['in_view']:,} of {found['points']:,} points in range and view ({share:.0%})"
@@ -575,9 +607,11 @@ def check(
     frames listed twice, drives that train and val share, lists that do not apply.
 
     Args:
-        data_root: one root or more, KITTI object or raw.
-        splits: lists in ImageSets/, of frames or of raw drives; by default all, or the whole folders.
-        frame_stride: keep every n-th frame of a raw drive.
+        data_root: one folder or more. What data set lies in it is seen: KITTI's object, raw or odometry layout, Waymo
+            as data_waymo.py converts it, nuScenes.
+        splits: lists in ImageSets/, of frames or of raw drives, or the splits of odometry and nuScenes; by default all,
+            or the whole folders.
+        frame_stride: keep every n-th frame of a raw drive or sequence, and of nuScenes' keyframes.
         max_frames: read at most so many frames of a root, evenly spread; 0 reads all.
         skip_missing: leave out frames that lack image or cloud, as training with this flag does.
         out: the picture.
@@ -598,13 +632,15 @@ def check(
         if not root.is_dir():
             raise BadInput(f"{root}: no such folder")
     findings, good = Findings(), []
-    for root, own, notes in data_kitti.fitting_splits(data_root, splits):
+    ours = [(root, splits, []) for root in data_root if data_sets.is_nuscenes(root)]
+    others = [root for root in data_root if not data_sets.is_nuscenes(root)]
+    for root, own, notes in ours + data_kitti.fitting_splits(others, splits):
         for note in notes:
             findings.add(findings.notes, note.removeprefix("note: "))
         good += check_root(root, own, frame_stride, max_frames, skip_missing, workers, findings)
-    _, twins = data.without_twins([frame for frame, _ in good])
-    if twins:
-        line = f"--data-root: {len(twins)} frames are in two of them, {twins[0].name} for one"
+    _, repeats = data.without_repeats([frame for frame, _ in good])
+    if repeats:
+        line = f"--data-root: {len(repeats)} frames are in two of them, {repeats[0].name} for one"
         findings.add(findings.notes, line)
     picked = pick(good)
     if picked:

@@ -3,7 +3,7 @@
     kitti          split files of lines `image depth focal` (BTS, AdaBins, the depth toolbox) or `folder index l|r`
                    (monodepth2); raw drives and annotated depth, where those projects and KITTI's own archives put them
     nyu            split files of lines `image depth focal`; BTS's folders, sync/ and official_splits/test/
-    kitti_lidar    anything that data_kitti.py reads: the sweep, projected into the image, is the ground truth
+    lidar          frames of any data set (data_sets.py): the sweep, projected into the image, is the ground truth
     scenes         synthetic.py's: depth_2/ beside image_2/
 
 Depth is kept as files do, 16 bits of 1 / scale metres, 0 where nothing is known: 256 for KITTI, projected sweeps and
@@ -21,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 import data
-import data_kitti
+import data_sets
 import runtime
 from files import IMAGES, BadInput, Folders, file_size, read_lines
 
-SCALE = {"kitti": 256, "nyu": 1000, "kitti_lidar": 256, "scenes": 256}  # units of a depth file per metre
+SCALE = {"kitti": 256, "nyu": 1000, "lidar": 256, "scenes": 256}  # units of a depth file per metre
 KB = (352, 1216)  # height, width of KITTI's benchmark test images: what all its sizes have in common, without the sky
 NYU_INSIDE = (slice(45, 472), slice(43, 608))  # rows, columns of 480 x 640 inside the white frame of NYU's images
 IMAGE_FOLDERS = {"kitti": ("", "input", "raw", "kitti_raw"), "nyu": ("", "sync", "official_splits/test")}
@@ -55,7 +55,7 @@ def find_pairs(
 ):
     """All pairs of `splits`. -> pairs, notes to print.
 
-    splits: split files for kitti and nyu (looked up in the roots, too), names of ImageSets/ for the other two.
+    splits: split files for kitti and nyu (looked up in the roots, too), the data set's own for the other two.
     roots: folders of images; several are pooled. depth_root: folder of ground truth, "" for the same. skip_missing
     leaves out pairs that lack one of their files. flag, named: as data_kitti.pool_frames takes them.
     Raises BadInput for what is missing or cannot be understood.
@@ -63,7 +63,8 @@ def find_pairs(
     if dataset in ("kitti", "nyu"):
         pairs, notes = _listed_pairs(dataset, roots, depth_root, splits, skip_missing, flag)
     else:
-        frames, notes = data_kitti.pool_frames(roots, splits, frame_stride, skip_missing, flag, named)
+        rules = {"frame_stride": frame_stride, "skip_missing": skip_missing, "flag": flag, "named": named}
+        frames, notes = data_sets.pool_frames(roots, splits, **rules)
         make = _scene if dataset == "scenes" else _sweep
         pairs = [make(frame) for frame in frames]
     if not pairs:
@@ -81,7 +82,7 @@ def _scene(frame):
     depth = frame.image.parents[1] / "depth_2" / f"{frame.image.stem}.png"
     _, wrong = file_size(depth)
     if wrong:
-        advice = "only synthetic.py's scenes come with dense depth (--dataset kitti_lidar projects sweeps)"
+        advice = "only synthetic.py's scenes come with dense depth (--dataset lidar projects sweeps)"
         raise BadInput(f"{depth}: {wrong}; {advice}")
     return Pair(frame.name, frame.image, depth)
 
@@ -95,9 +96,9 @@ def _listed_pairs(dataset, roots, depth_root, splits, skip_missing, flag):
         pairs += found
         if left_out:
             notes.append(f"{listing}: {len(found)} pairs, {left_out}")
-    _, twins = data.without_twins(pairs)
-    if twins:  # no negatives here: a pair that somebody lists twice may be meant to count twice
-        what = f"{len(twins)} of {len(pairs)} pairs are listed before, {twins[0].name} among them, and count again"
+    _, repeats = data.without_repeats(pairs)
+    if repeats:  # no negatives here: a pair that somebody lists twice may be meant to count twice
+        what = f"{len(repeats)} of {len(pairs)} pairs are listed before, {repeats[0].name} among them, and count again"
         notes.append(f"note: {flag} {' '.join(map(str, splits))}: {what}")
     return pairs, notes
 
@@ -235,7 +236,7 @@ def load_pair(pair):
     height, width = image.shape[:2]
     if pair.frame:
         metres = sweep_depth(pair.frame.read_points(), pair.frame.lidar2img(), width, height)
-        units = np.rint(metres * SCALE["kitti_lidar"])
+        units = np.rint(metres * SCALE["lidar"])
         depth = np.where(units < 2**16, units, 0).astype(np.uint16)  # beyond 256 m: not known, rather than wrong
     else:
         depth = read_depth(pair.depth)
@@ -263,7 +264,7 @@ def without_border(dataset, height, width, training):
     whole; else everything.
     """
     kitti_sized = 370 <= height <= 376 and 1224 <= width <= 1242  # its drives' five sizes
-    if dataset == "kitti" or (dataset == "kitti_lidar" and kitti_sized):  # other people's sweeps are taken whole
+    if dataset == "kitti" or (dataset == "lidar" and kitti_sized):  # other people's sweeps are taken whole
         return kb_window(height, width)
     if dataset == "nyu" and training:
         if (height, width) != (480, 640):

@@ -1,12 +1,15 @@
 """KITTI's layouts, calibration, labels and boxes, as they come: no info files, no reduced clouds.
 
-Two layouts are understood, told apart by what the folder holds:
+Three layouts are understood, told apart by what the folder holds:
 
     object   ROOT/{training,testing}/{image_2,velodyne,calib}/000000.*, ROOT/ImageSets/{train,val,test,...}.txt
     raw      ROOT/DATE/DATE_drive_NNNN_sync/{image_02,velodyne_points}/data/*, ROOT/DATE/calib_*.txt
              (ROOT may also be one DATE folder, or one drive's folder)
+    odometry ROOT/sequences/NN/{image_2,velodyne}/000000.*, ROOT/sequences/NN/calib.txt; SemanticKITTI's is the same
+             (ROOT may also be the folder that holds their `dataset/`)
 
-A split is a list ImageSets/NAME.txt: of frames in the object layout, of drives in the raw one, where none is needed.
+A split is a list ImageSets/NAME.txt: of frames in the object layout, of drives in the raw one, where none is needed. Of
+sequences it is one of SEQUENCES, or a sequence's number.
 """
 
 import functools
@@ -18,10 +21,23 @@ from pathlib import Path
 import numpy as np
 
 import data
-from files import IMAGES, BadInput, Folders, read_lines, read_text
+from files import IMAGES, BadInput, Folders, list_folder, read_lines, read_text
 
 # range: the release's and KITTI's own; centre: its middle (release `points_center`); the LiDAR is 1.73 m above the road
 RIG = data.Rig((0.0, -40.0, -3.0, 70.4, 40.0, 1.0), center=(35.2, 0.0, -1.0), ground=-1.7, box=(1242, 375))
+
+# SemanticKITTI's splits (Behley et al. 2019); poses and labels are public of the first eleven sequences alone
+SEQUENCES = {
+    "train": ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"),
+    "val": ("08",),
+    "test": tuple(f"{i:02d}" for i in range(11, 22)),
+}
+# the raw drives that the first eleven are cut from (the readme of KITTI's odometry devkit)
+DRIVES = (
+    "10_03_drive_0027", "10_03_drive_0042", "10_03_drive_0034", "09_26_drive_0067", "09_30_drive_0016",
+    "09_30_drive_0018", "09_30_drive_0020", "09_30_drive_0027", "09_30_drive_0028", "09_30_drive_0033",
+    "09_30_drive_0034",
+)  # fmt: skip
 
 # (8, 3): length, height, width, from the middle of a box's bottom; y points down
 CORNERS = np.array(np.meshgrid([-0.5, 0.5], [-1, 0], [-0.5, 0.5], indexing="ij")).reshape(3, 8).T
@@ -48,11 +64,17 @@ class ObjectFrame(data.Frame):
 class RawFrame(data.Frame):
     """Of a raw drive: calib_cam_to_cam.txt and calib_velo_to_cam.txt of its day. Raw drives have no labels."""
 
-    label = None
-
     def lidar2img(self):
         """As ObjectFrame's."""
         return read_raw_calib(*self.calib)
+
+
+class OdometryFrame(data.Frame):
+    """Of a sequence, which has one calib.txt. Its labels, if it is SemanticKITTI's, are of points and are not read."""
+
+    def lidar2img(self):
+        """As ObjectFrame's."""
+        return read_odometry_calib(self.calib[0])
 
 
 def find_frames(root, splits=None, frame_stride=1, skip_missing=False):
@@ -60,76 +82,88 @@ def find_frames(root, splits=None, frame_stride=1, skip_missing=False):
     return pool_frames([root], splits, frame_stride, skip_missing)[0]
 
 
-def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--splits", named=True):
+def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--splits", named=True, clouds=True):
     """Frames of several roots, in file order, none of them twice. -> frames, notes to print.
 
     splits: names of lists in ImageSets/. () takes all drives of a raw root, None also the list `train` of an object
-    root. frame_stride keeps every n-th frame of a raw drive: neighbours in a sequence are near copies of each other.
-    skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds).
-    flag: what the splits were given with, for messages. named: as `fitting_splits` takes it.
+    root. frame_stride keeps every n-th frame of a raw drive or sequence: neighbours are near copies of each other.
+    skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds),
+    and sequences that are not there.
+    flag: what the splits were given with, for messages. named: as `fitting_splits` takes it. clouds=False: images are
+    enough, and nothing else is looked for.
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty, a missing file, a truncated
     cloud.
     """
     frames, notes, what = [], [], " ".join([flag, *(splits or ())])
     for root, own, more in fitting_splits(roots, splits, named):
         notes += more
-        found, left_out = _complete_frames(root, own, frame_stride, skip_missing, flag)
+        found, left_out = _complete_frames(root, own, frame_stride, skip_missing, flag, clouds)
         if left_out:
-            notes.append(f"note: {what}: {len(found)} frames in {root}, {left_out} without image or cloud left out")
+            lacking = "without image or cloud" if clouds else "without image"
+            notes.append(f"note: {what}: {len(found)} frames in {root}, {left_out} {lacking} left out")
         frames += found
     if not frames:
         raise BadInput(f"{' '.join(map(str, roots))}: no frames in it")
-    frames, twins = data.without_twins(frames)
-    return frames, notes + data.note_twins(twins, what)
+    frames, repeats = data.without_repeats(frames)
+    return frames, notes + data.note_repeats(repeats, what)
 
 
-def _complete_frames(root, splits, frame_stride, skip_missing, flag):
+def _complete_frames(root, splits, frame_stride, skip_missing, flag, clouds):
     """-> frames of a root, all of whose files are there; how many were left out because they lack image or cloud."""
-    listed = list_frames(root, splits, frame_stride, skip_missing, flag)
-    found = [f for f in listed if f.whole()] if skip_missing else listed
+    listed = list_frames(root, splits, frame_stride, skip_missing, flag, clouds)
+    found = [f for f in listed if f.whole(clouds)] if skip_missing else listed
     if listed and not found:
         both = f"both image ({', '.join(IMAGES)}) and cloud (.bin)"
         example = f"the first would be {listed[0].image} and {listed[0].cloud}"
         raise BadInput(f"{root}: none of its {len(listed)} frames has {both}; {example}")
     for frame in found:
-        for error in frame.file_errors():
+        for error in frame.file_errors(clouds):
             raise error
     return found, len(listed) - len(found)
 
 
-def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--splits"):
-    """The frames that lists and folders name, whether or not all their files are there.
+def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--splits", clouds=True):
+    """The frames that lists and folders name, whether or not all their files are there. clouds=False: folders of images
+    alone.
 
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty.
     """
     root, folders = Path(root), Folders()
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder")
+    if sequences_of(root):
+        return _odometry_frames(root, splits, frame_stride, skip_missing, flag, folders, clouds)
     if not is_object_layout(root):
         drives = _raw_drives(root, splits, flag)
-        return _raw_frames(drives, frame_stride, skip_missing, folders)
+        return _raw_frames(drives, frame_stride, skip_missing, folders, clouds)
     splits = ("train",) if splits is None else splits
     if not splits:
         raise BadInput(f"{flag}: none given for {root}; it takes names of lists in ImageSets/")
-    return [frame for split in splits for frame in _object_frames(root, split, splits, flag, folders)]
+    return [frame for split in splits for frame in _object_frames(root, split, splits, flag, folders, clouds)]
 
 
 def is_object_layout(root):
     return (Path(root) / "training").is_dir() or (Path(root) / "testing").is_dir()
 
 
+def sequences_of(root):
+    """The folder of an odometry root's sequences; None for a root of another layout."""
+    places = Path(root) / "sequences", Path(root) / "dataset" / "sequences"
+    return next((place for place in places if place.is_dir()), None)
+
+
 def fitting_splits(roots, splits, named=True):
     """What of the splits applies to each of the roots: [(root, splits, notes to print)]. Raises BadInput.
 
     named: whether they were given for these roots, rather than taken over from a run on others. All of them must apply
-    then. But if they were not, or if there is an object root beside it, a raw root may have lists of some alone, and
-    one without any gives all of its drives.
+    then. But if they were not, or if there is a root of another layout beside it, a raw root may have lists of some
+    alone, and one without any gives all of its drives.
     """
-    strict = named and not any(is_object_layout(root) for root in roots)
-    fitting = []
+    others = [root for root in roots if is_object_layout(root) or sequences_of(root)]
+    strict, fitting = named and not others, []
     for root in roots:
         own, notes = splits, []
-        if splits and not strict and not is_object_layout(root):
+        if splits and not strict and root not in others:
             own = [split for split in splits if os.path.lexists(_listing(root, split))]
             if not own and (Path(root) / "ImageSets").is_dir():
                 raise BadInput(f"{root}/ImageSets: no list of drives in it is called {' or '.join(splits)}")
@@ -163,11 +197,11 @@ def _segment(name):
     return found[1] if found else None
 
 
-def _object_frames(root, split, splits, flag, folders):
+def _object_frames(root, split, splits, flag, folders, clouds):
     folder, rig = root / ("testing" if split == "test" else "training"), rig_of(root)
     drives = _object_drives(root) if folder.name == "training" else {}
     frames = []
-    for i in _object_ids(root, split, splits, flag, folder, folders):
+    for i in _object_ids(root, split, splits, flag, folder, folders, clouds):
         image = folders.find(folder / "image_2", i, IMAGES) or folder / "image_2" / f"{i}.png"
         cloud = folders.find(folder / "velodyne", i, (".bin",)) or folder / "velodyne" / f"{i}.bin"
         calib = (folder / "calib" / f"{i}.txt",)
@@ -175,7 +209,7 @@ def _object_frames(root, split, splits, flag, folders):
     return frames
 
 
-def _object_ids(root, split, splits, flag, folder, folders):
+def _object_ids(root, split, splits, flag, folder, folders, clouds):
     """Ids of a split's frames: of its list, or of the whole folder, for KITTI itself comes without lists."""
     listing = _listing(root, split)
     if os.path.lexists(listing):
@@ -185,11 +219,13 @@ def _object_ids(root, split, splits, flag, folder, folders):
         if flag != "--splits":
             advice = f"{flag} without a name judges on none"
         raise BadInput(f"{listing}: missing; it lists the frames of {flag} {split}, one id a line ({advice})")
-    ids = sorted(folders.stems(folder / "velodyne", (".bin",)))
+    part, suffixes = ("velodyne", (".bin",)) if clouds else ("image_2", IMAGES)
+    ids = sorted(folders.stems(folder / part, suffixes))
     if not ids:
         others = " ".join(other for other in splits if other != split)
         advice = f" ({flag} {others} does without)" if others else ""
-        raise BadInput(f"{folder / 'velodyne'}: no *.bin in it, of which {flag} {split} takes all{advice}")
+        kinds = ", ".join(f"*{suffix}" for suffix in suffixes)
+        raise BadInput(f"{folder / part}: no {kinds} in it, of which {flag} {split} takes all{advice}")
     return ids
 
 
@@ -226,13 +262,15 @@ def _object_drives(root):
     return {}
 
 
-def _raw_frames(drives, frame_stride, skip_missing, folders):
+def _raw_frames(drives, frame_stride, skip_missing, folders, need_clouds):
     frames = []
     for drive in drives:
         image_folder, cloud_folder = drive / "image_02" / "data", drive / "velodyne_points" / "data"
         images, clouds = folders.stems(image_folder, IMAGES), folders.stems(cloud_folder, (".bin",))
-        if len(clouds) != len(images) and not skip_missing:
-            raise BadInput(_uneven(drive, len(images), len(clouds)))
+        if not need_clouds:
+            clouds = set()
+        elif len(clouds) != len(images) and not skip_missing:
+            raise BadInput(_uneven(drive, image_folder, cloud_folder, len(images), len(clouds)))
         calib = (drive.parent / "calib_cam_to_cam.txt", drive.parent / "calib_velo_to_cam.txt")
         name = drive.absolute().name
         for i in sorted(clouds | images)[::frame_stride]:
@@ -242,12 +280,59 @@ def _raw_frames(drives, frame_stride, skip_missing, folders):
     return frames
 
 
-def _uneven(drive, images, clouds):
-    """What to say of a drive that has not as many images as clouds."""
+def _odometry_frames(root, splits, frame_stride, skip_missing, flag, folders, need_clouds=True):
+    frames = []
+    for folder in _listed_sequences(root, splits, skip_missing, flag):
+        image_folder, cloud_folder = folder / "image_2", folder / "velodyne"
+        images, clouds = folders.stems(image_folder, IMAGES), folders.stems(cloud_folder, (".bin",))
+        if not need_clouds:
+            clouds = set()
+        if not images or (need_clouds and not clouds):
+            raise BadInput(_uneven(folder, image_folder, cloud_folder, len(images), len(clouds)))
+        drive = _drive_of_sequence(folder.name)
+        for i in sorted(clouds | images)[::frame_stride]:
+            image = folders.find(image_folder, i, IMAGES) or image_folder / f"{i}.png"
+            cloud = folders.find(cloud_folder, i, (".bin",)) or cloud_folder / f"{i}.bin"
+            frames.append(OdometryFrame(f"{folder.name}/{i}", image, cloud, (folder / "calib.txt",), RIG, drive))
+    return frames
+
+
+def sequences_there(root):
+    """Numbers of the sequences that an odometry root has. Raises BadInput for none."""
+    place = sequences_of(root)
+    there = [name for name in list_folder(place) if re.fullmatch(r"\d\d", name) and (place / name).is_dir()]
+    if not there:
+        raise BadInput(f"{place}: no sequence in it, a folder such as 00")
+    return there
+
+
+def _listed_sequences(root, splits, skip_missing, flag):
+    """Folders of the sequences that the splits name, or of all. skip_missing leaves out those that are not there."""
+    place, there, wanted = sequences_of(root), sequences_there(root), []
+    for split in splits or ():
+        if split not in SEQUENCES and not re.fullmatch(r"\d\d", split):
+            raise BadInput(f"{flag} {split}: of {root} it must be {', '.join(SEQUENCES)}, or a sequence such as 04")
+        wanted += SEQUENCES.get(split, (split,))
+    lacking = [name for name in wanted if name not in there]
+    if lacking and not skip_missing:
+        of = f"{flag} {' '.join(splits)} asks for it; --skip-missing leaves out what is not there"
+        raise BadInput(f"{place / lacking[0]}: missing ({of})")
+    return [place / name for name in dict.fromkeys(wanted or there) if name in there]
+
+
+def _drive_of_sequence(number):
+    """The raw drive that a sequence is cut from, as its folder is called; of the later ones, which nobody has told, a
+    name of its own.
+    """
+    return f"2011_{DRIVES[int(number)]}_sync" if int(number) < len(DRIVES) else f"sequence {number}"
+
+
+def _uneven(drive, image_folder, cloud_folder, images, clouds):
+    """What to say of a drive or sequence that has not as many images as clouds, or none."""
     if not images:
-        return f"{drive / 'image_02' / 'data'}: no {', '.join(IMAGES)} in it, but there are {clouds} clouds"
+        return f"{image_folder}: no {', '.join(IMAGES)} in it, but there are {clouds} clouds"
     if not clouds:
-        return f"{drive / 'velodyne_points' / 'data'}: no .bin in it, but there are {images} images"
+        return f"{cloud_folder}: no .bin in it, but there are {images} images"
     return f"{drive}: {images} images but {clouds} clouds; --skip-missing keeps the frames that have both"
 
 
@@ -259,8 +344,8 @@ def _raw_drives(root, splits, flag):
             if not any(part.startswith(".") for part in clouds.relative_to(root).parts):
                 drives.append(clouds.parent)
     if not drives:
-        layouts = "KITTI object (training/, testing/) nor KITTI raw (DATE/DATE_drive_NNNN_sync/)"
-        raise BadInput(f"{root}: neither {layouts} lies here")
+        kitti = "KITTI object (training/, testing/) nor odometry (sequences/) nor raw (DATE/DATE_drive_NNNN_sync/)"
+        raise BadInput(f"{root}: neither {kitti} nor nuScenes (v1.0-trainval/) lies here")
     drives.sort()
     return _listed_drives(root, splits, drives, flag) if splits else drives
 
@@ -286,7 +371,7 @@ def _drive_name(path):
 
 
 # -----------------------------------------------------------------------------
-# calibration: lidar2img = P2 @ R0_rect @ Tr_velo_to_cam
+# calibration: lidar2img = P2 @ R0_rect @ Tr_velo_to_cam, of sequences P2 @ Tr
 
 
 @functools.cache
@@ -304,6 +389,16 @@ def read_raw_calib(cam_to_cam, velo_to_cam):
     p2, r0 = _entry(cam_to_cam, cameras, "P_rect_02", (3, 4)), _entry(cam_to_cam, cameras, "R_rect_00", (3, 3))
     rotation, translation = _entry(velo_to_cam, velodyne, "R", (3, 3)), _entry(velo_to_cam, velodyne, "T", (3, 1))
     return _projection(cam_to_cam, p2 @ _to_4x4(r0) @ _to_4x4(np.hstack([rotation, translation])))
+
+
+@functools.cache
+def read_odometry_calib(path):
+    """The same from the calib.txt of a sequence, whose Tr takes LiDAR metres to rectified camera 0."""
+    calib = _read_calib(path)
+    p2 = _entry(path, calib, "P2", (3, 4))
+    if "Tr" not in calib:
+        raise BadInput(f"{path}: no Tr in it; KITTI's archive of odometry calibration files has it, others do not")
+    return _projection(path, p2 @ _to_4x4(_entry(path, calib, "Tr", (3, 4))))
 
 
 def _read_calib(path):

@@ -125,6 +125,10 @@ class Frame(data.Frame):
     def camera(self):
         return CAMERAS[self.column]
 
+    @property
+    def calibrations(self):
+        return self.tables.folder / self.camera
+
     def turn(self):
         """The LiDAR's own frame to this one: a turn about z, (4, 4), that takes the camera's axis to +x."""
         x, y = self.tables.frames.lidar2cam[self.row, self.column, 2, :2]
@@ -205,14 +209,21 @@ def find_frames(*args, **kwargs):
 
 
 def pool_frames(
-    roots, splits=("train",), cameras=CAMERAS, version="auto", frame_stride=1, skip_missing=False, flag="--splits"
+    roots,
+    splits=("train",),
+    cameras=CAMERAS,
+    version="auto",
+    frame_stride=1,
+    skip_missing=False,
+    flag="--splits",
+    clouds=True,
 ):
     """Frames of `splits` (of SPLITS) under each root, sample by sample in the tables' order. -> Frames, and notes to
     print.
 
     version: of the tables, a folder's name; auto takes the one that a split is of. frame_stride keeps every n-th
     sample; they are half a second apart. skip_missing leaves out frames that lack an image or a cloud. flag: what the
-    splits were given with, for messages.
+    splits were given with, for messages. clouds=False: images are enough.
     Raises BadInput for an unknown split, camera or version, a split that is not of that version, a root or table that
     is missing, what is wrong within tables, a file that they name and that is not there, and where nothing is left.
     """
@@ -226,11 +237,12 @@ def pool_frames(
             tables = open_tables(root, version_of(root, split, version, flag))
             rows = tables.rows(split)[::frame_stride]
             grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
-            found = _on_disk(tables, grid, skip_missing)
+            found = _on_disk(tables, grid, skip_missing, clouds)
             if not len(found):
                 raise BadInput(f"{tables.folder}: no frames of {flag} {split}{_of_many(tables, grid)}")
             if len(found) < len(grid):
-                left_out = f"{len(grid) - len(found)} without image or cloud left out"
+                lacking = "image or cloud" if clouds else "image"
+                left_out = f"{len(grid) - len(found)} without {lacking} left out"
                 notes.append(f"note: {tables.folder}: {len(found)} frames of {flag} {split}, {left_out}")
             if tables not in every:
                 every.append(tables)
@@ -240,8 +252,28 @@ def pool_frames(
     return Frames(every, np.concatenate(cells).astype(np.int32)), notes
 
 
-def _on_disk(tables, cells, skip_missing):
+def list_frames(root, split, version="auto", frame_stride=1, flag="--splits"):
+    """Frames of a split, of all cameras, that the tables name an image and a cloud of, be they there or not. -> Frames.
+
+    Raises BadInput as pool_frames does, but for files.
+    """
+    tables = open_tables(root, version_of(root, split, version, flag))
+    rows = tables.rows(split)[::frame_stride]
+    cells = np.stack(np.meshgrid([0], rows, np.arange(len(CAMERAS)), indexing="ij"), -1).reshape(-1, 3)
+    files = tables.frames.files
+    named = (files[cells[:, 1], 0] != b"") & (files[cells[:, 1], 1 + cells[:, 2]] != b"")
+    return Frames([tables], cells[named].astype(np.int32))
+
+
+def splits_of(root):
+    """Names of the splits that the tables under root have samples of."""
+    there = [name for name in VERSIONS if (Path(root) / name).is_dir()]
+    return [split for name in there for split in VERSIONS[name] if len(open_tables(root, name).rows(split))]
+
+
+def _on_disk(tables, cells, skip_missing, clouds=True):
     """Those of the cells (n, 2), row and column, whose image and cloud are there: each folder is asked once for all.
+    clouds=False: whose image is.
 
     Raises BadInput for the first that is not, unless skip_missing.
     """
@@ -251,6 +283,7 @@ def _on_disk(tables, cells, skip_missing):
     folders = {name.rpartition(b"/")[0] for name in names}
     there = {b"%s/%s" % (folder, name) for folder in folders for name in _listing(tables.root, folder)}
     found = np.array([name in there for name in names], bool).reshape(-1, 2)
+    found[:, 0] |= not clouds
     lacking = np.argwhere(~found)
     if len(lacking) and not skip_missing:
         i, k = lacking[0]
@@ -325,8 +358,13 @@ class Tables:
     """
 
     def __init__(self, root, version):
+        self.asked = root, version
         self.root, self.version, self.folder = Path(root), version, Path(root) / version
         self.calib = (self.folder / "calibrated_sensor.json",)
+
+    def __reduce__(self):
+        """Frames go to other processes without a hundred megabytes of tables."""
+        return open_tables, self.asked
 
     @functools.cached_property
     def frames(self):

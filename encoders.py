@@ -11,6 +11,7 @@ from torch import nn
 
 import ops_triton as ops
 from files import BadInput
+from ops_deform import DeformConv2d
 
 # -----------------------------------------------------------------------------
 # image encoder: ResNet (He et al. 2016), v1.5, with torchvision's parameter names
@@ -64,10 +65,10 @@ class ResNet(nn.Module):
     16, 32.
 
     Output cell i of a map of stride s is centred on input pixel s * i: the 7x7, 3x3 and 1x1 convolutions all pad
-    evenly.
+    evenly. deformable: stages, from 1 to 4, whose 3x3 convolutions `conv2` are deformable ones (ops_deform.py).
     """
 
-    def __init__(self, depth):
+    def __init__(self, depth, deformable=()):
         super().__init__()
         block, layers = {
             18: (BasicBlock, (2, 2, 2, 2)),
@@ -83,13 +84,19 @@ class ResNet(nn.Module):
             for i in range(count):
                 blocks.append(block(cin, width, stride=2 if stage > 1 and i == 0 else 1))
                 cin = width * block.expansion
+                if stage in deformable:
+                    stride = blocks[-1].conv2.stride[0]
+                    blocks[-1].conv2 = DeformConv2d(width, width, 3, stride, 1, bias=False)
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.channels = cin
+        self.channels, self.arch = cin, f"resnet{depth}"
         self.strides, self.offsets = (2, 4, 8, 16, 32), (0, 0, 0, 0, 0)  # as build_image_encoder says
         self.map_channels = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for m in self.modules():
+            if isinstance(m, DeformConv2d):
+                m.start_plain()
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -101,20 +108,20 @@ class ResNet(nn.Module):
         return maps
 
 
-def build_image_encoder(name):
-    """resnetNN, or timm:NAME when timm is installed. Raises BadInput for other names.
+def build_image_encoder(name, deformable=()):
+    """resnetNN, or timm:NAME when timm is installed. deformable: as ResNet has it. Raises BadInput for other names.
 
     The module's forward is (B, 3, H, W) -> a list of maps. Of these, shallowest first, `map_channels`, `strides` and
     `offsets` say: output cell i is centred on input pixel strides * i + offsets, in both directions. `channels` is the
-    last map's.
+    last map's. `arch` is the encoder's name.
     """
     if name in ("resnet18", "resnet34", "resnet50", "resnet101"):
-        return ResNet(int(name[6:]))
+        return ResNet(int(name[6:]), deformable)
     if not name.startswith("timm:"):
         raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
     encoder = build_timm_encoder(name)
     encoder.map_channels, encoder.strides = encoder.feature_info.channels(), encoder.feature_info.reduction()
-    encoder.channels = encoder.map_channels[-1]
+    encoder.channels, encoder.arch = encoder.map_channels[-1], name
     encoder.offsets = measure_offsets(encoder, encoder.strides)
     return encoder
 
@@ -168,6 +175,18 @@ def cells(encoder, uv, at=-1):
     return (uv - encoder.offsets[at]) / encoder.strides[at]
 
 
+def sample_stages(encoder, maps, uv, stages):
+    """An encoder's maps at pixels uv (B, n, 2): the features of its stages (4: the last map, 3: the one before), side
+    by side, (B, n, C).
+    """
+    return torch.cat([ops.bilinear_sample(maps[s - 5], cells(encoder, uv, s - 5)) for s in stages], -1)
+
+
+def width_of(encoder, stages):
+    """Channels of `sample_stages`."""
+    return sum(encoder.map_channels[s - 5] for s in stages)
+
+
 # -----------------------------------------------------------------------------
 # feature pyramid, with the names of mmcv and mmdetection
 
@@ -175,9 +194,9 @@ def cells(encoder, uv, at=-1):
 class ConvModule(nn.Module):
     """A 2D convolution with bias, named as mmcv's."""
 
-    def __init__(self, cin, cout, size):
+    def __init__(self, cin, cout, size, stride=1):
         super().__init__()
-        self.conv = nn.Conv2d(cin, cout, size, padding=size // 2)
+        self.conv = nn.Conv2d(cin, cout, size, stride, padding=size // 2)
         nn.init.xavier_uniform_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
@@ -186,19 +205,29 @@ class ConvModule(nn.Module):
 
 
 class FPN(nn.Module):
-    """Feature pyramid (Lin et al. 2017): maps of strides 4 to 32 -> five maps of one width, the last of stride 64."""
+    """Feature pyramid (Lin et al. 2017): maps of strides 4 to 32 -> five maps of one width, the last of stride 64.
 
-    def __init__(self, channels, width):
+    further: instead of that last one, so many maps more, each a convolution of stride 2 on the one before, with a ReLU
+    between them (RetinaNet, FCOS).
+    """
+
+    def __init__(self, channels, width, further=0):
         super().__init__()
         self.lateral_convs = nn.ModuleList(ConvModule(cin, width, 1) for cin in channels)
         self.fpn_convs = nn.ModuleList(ConvModule(width, width, 3) for _ in channels)
+        self.fpn_convs.extend(ConvModule(width, width, 3, stride=2) for _ in range(further))
 
     def forward(self, maps):
         x = [conv(m) for conv, m in zip(self.lateral_convs, maps)]
         for i in range(len(x) - 1, 0, -1):
             x[i - 1] = x[i - 1] + F.interpolate(x[i], x[i - 1].shape[2:], mode="nearest")
         x = [conv(m) for conv, m in zip(self.fpn_convs, x)]
-        return [*x, F.max_pool2d(x[-1], 1, 2)]
+        further = self.fpn_convs[len(x) :]
+        if not further:
+            return [*x, F.max_pool2d(x[-1], 1, 2)]
+        for i, conv in enumerate(further):
+            x.append(conv(F.relu(x[-1]) if i else x[-1]))
+        return x
 
 
 # -----------------------------------------------------------------------------
@@ -290,6 +319,12 @@ MLPS = (
     ((128, 128, 256), (128, 128, 256), (256, 256, 512)),
 )
 AGGREGATION = (128, 256, 1024)
+HEIGHT_UNIT = 0.3  # on metres: a street's heights to numbers of the size of the other features
+POINT_FEATURES = {  # --point-features: the channels of each
+    "reflectance": ("reflectance",),
+    "height": (f"{HEIGHT_UNIT} z",),
+    "shape": ("linearity", "planarity", "scattering", "|normal z|"),
+}
 
 
 class CountedNormReLU(torch.autograd.Function):
@@ -403,7 +438,8 @@ class SetAbstraction(nn.Module):
 
 
 class PointEncoder(nn.Module):
-    """(B, N, 4) points (x, y, z, reflectance) -> places (B, P, 3) metres, features (B, P, 1024), with P = `places`.
+    """(B, N, 4) points (x, y, z, reflectance), or (B, N, 8) with data.local_shape -> places (B, P, 3) metres, features
+    (B, P, 1024), with P = `places`. point_features: keys of POINT_FEATURES, what the first layer sees of a point.
 
     Sampling (release's `fps_mods`): SA1 keeps 4P points by D-FPS; SA2 keeps P by F-FPS and P by D-FPS; SA3 keeps P/2 of
     the F-FPS half and P/2 of all the others. Two of these need no work. A set in FPS order is its own FPS, so SA2's
@@ -411,18 +447,23 @@ class PointEncoder(nn.Module):
     sees.
     """
 
-    def __init__(self, places, use_xyz=False):
+    def __init__(self, places, use_xyz=False, point_features=("reflectance",)):
         super().__init__()
-        self.places = places
+        self.places, self.point_features = places, point_features
         self.SA_modules, self.aggregation_mlps = nn.ModuleList(), nn.ModuleList()
-        cin = 1  # reflectance
+        cin = sum(len(POINT_FEATURES[name]) for name in point_features)
         for radii, neighbours, mlps, cout in zip(RADII, NEIGHBOURS, MLPS, AGGREGATION):
             self.SA_modules.append(SetAbstraction(cin, radii, neighbours, mlps, use_xyz))
             self.aggregation_mlps.append(PointLayer(sum(m[-1] for m in mlps), cout, dims=1, eps=1e-5))
             cin = cout
 
+    def seen_of(self, points):
+        """What the first layer sees of points: (B, N, cin)."""
+        seen = {"reflectance": points[..., 3:4], "height": HEIGHT_UNIT * points[..., 2:3], "shape": points[..., 4:]}
+        return torch.cat([seen[name] for name in self.point_features], -1)
+
     def forward(self, points):
-        P, xyz, features = self.places, points[..., :3].contiguous(), points[..., 3:].contiguous()
+        P, xyz, features = self.places, points[..., :3].contiguous(), self.seen_of(points)
         for stage, (sa, aggregate) in enumerate(zip(self.SA_modules, self.aggregation_mlps)):
             if stage == 0:
                 index = ops.furthest_point_sample(xyz, 4 * P)  # (B, 4P)

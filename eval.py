@@ -6,10 +6,11 @@
     python eval.py depth out/depth_demo/last.pt                             # of finetune_depth.py; see eval_depth.py
     python eval.py det3d out/det3d_demo/last.pt                             # of finetune_det3d.py; see eval_boxes.py
     python eval.py det3d P.bin --protocol waymo --truth T.bin               # boxes for Waymo; see eval_waymo.py
+    python eval.py mono3d out/mono3d_demo/last.pt                           # of finetune_mono3d.py; eval_mono3d.py
     python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
-The figures are functions of eval_match.py, which says what `match` and `probe` ask, eval_depth.py, eval_boxes.py and
-eval_waymo.py.
+The figures are functions of eval_match.py, which says what `match` and `probe` ask, eval_depth.py, eval_boxes.py,
+eval_waymo.py, eval_mono3d.py and eval_nuscenes.py.
 """
 
 import signal
@@ -31,18 +32,23 @@ import data
 import data_depth
 import data_det3d
 import data_kitti
+import data_mono3d
 import encoders
 import eval_boxes
 import eval_depth
 import eval_match
+import eval_mono3d
+import eval_nuscenes
 import eval_waymo
 import finetune_depth
 import finetune_det3d
+import finetune_mono3d
 import pictures
 import pictures_boxes
 import runtime
 import simipu
 import weights
+import weights_named
 from files import BadInput, read_checkpoint, writing
 
 FEW = 8  # frames that batch norm statistics are taken from, for pictures
@@ -106,8 +112,9 @@ def choose_frames(c, data_root, splits, limit, frame_stride):
     if not (data_root or splits or c.eval_root or c.eval_splits):
         raise BadInput("--data-root, --splits: the run has no --eval-splits, so say which frames to judge on")
     roots, named = data_root or c.eval_root or c.data_root, bool(splits)
-    strided = dataclasses.replace(c, frame_stride=frame_stride)
-    frames = simipu.find_frames(strided, roots, splits or c.eval_splits, named)
+    version = "auto" if data_root else c.version
+    asked = dataclasses.replace(c, frame_stride=frame_stride, version=version)
+    frames = simipu.find_frames(asked, roots, splits or c.eval_splits, named)
     frames = data.evenly_spread(frames, limit or c.eval_frames)
     if len(frames) < 2:
         where = f"--data-root {' '.join(map(str, roots))}"
@@ -147,6 +154,7 @@ def match(
     splits: tuple[str, ...] = (),
     frames: int | None = None,
     frame_stride: int = 1,
+    json: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ):
     """Does a place point out its own pixel, on frames of drives not trained on? Beside a random network, always.
@@ -154,10 +162,12 @@ def match(
     Args:
         checkpoints: A run's last.pt, or several.
         control: last.pt of a run with --pairs wrong and the same budget: what the pixel's position alone teaches.
-        data_root: Folders with the frames; by default those of the first run.
+        data_root: Folders with the frames, of any data set: it is known by what lies there. By default those of the
+            first run.
         splits: Their splits; by default the first run's --eval-splits.
         frames: At most so many, evenly spread; by default the first run's --eval-frames.
         frame_stride: Of the raw layout, keep every n-th frame of a drive.
+        json: File to write all figures to, and the sums of each frame: {name: eval_match.match's dict}.
         device: auto is the GPU if there is one.
     """
     at_least(1, frames=frames, frame_stride=frame_stride)
@@ -182,6 +192,9 @@ def match(
     for name, run in runs.items():
         rows[name] = eval_match.match(run.model, chosen, run.c, device)
     print("\n".join(notes + eval_match.match_table(rows)))
+    if json:
+        with writing(json) as temporary:
+            temporary.write_text(dump_json(rows, indent=1) + "\n")
 
 
 def other_settings(runs, first):
@@ -224,8 +237,8 @@ def probe(
 
     Args:
         checkpoint: A run's last.pt.
-        also: Other weights of the same architecture, anything that --init takes: imagenet.pth, a control's last.pt.
-        data_root: Folders with the frames; by default those of the run.
+        also: Other weights of the same architecture, anything that --init takes: imagenet, a control's last.pt.
+        data_root: Folders with the frames, of any data set; by default those of the run.
         splits: Their splits; by default the run's --eval-splits.
         frames: At most so many, evenly spread; by default the run's --eval-frames.
         frame_stride: Of the raw layout, keep every n-th frame of a drive.
@@ -251,7 +264,8 @@ def probe(
     for name, path in others:
         encoder = encoders.build_image_encoder(c.image_encoder)
         loaded.append(weights.load_image_encoder(encoder, path))
-        networks[name], files[name] = encoder.to(device), contents_of_run(path)
+        networks[name] = encoder.to(device)
+        files[name] = contents_of_run(weights_named.find(path, c.image_encoder, "--also").path)
     rows = eval_match.probe(networks, chosen, c, device, points, stage)
     fitted = f"fitted and scored on {len(chosen)} frames, {min(points, c.num_points)} points each"
     print("\n".join([*seen_in_training(chosen, files), *loaded, fitted, *eval_match.probe_table(rows)]))
@@ -299,8 +313,8 @@ def show(
 
     Args:
         checkpoint: last.pt of a run.
-        data_root: Folder in KITTI's object or raw layout. Not given: the folders the run was trained on.
-        split: Of the object layout: a file in ImageSets/. Not given: the run's --eval-splits, or its --splits.
+        data_root: Folder of any data set. Not given: the folders the run was trained on.
+        split: Of that data set. Not given: the run's --eval-splits, or its --splits.
         frame: Index into the split, or a frame's name, such as training/000003.
         seed: Of the augmentation that is drawn: another seed, another image scale, flip and second view.
         point: Metres in the LiDAR's frame (x forward, y left, z up). similarity.png asks about the place nearest to it.
@@ -353,7 +367,7 @@ def frames_to_show(c, data_root, split):
     if c.eval_root:
         roots = c.eval_root
     if data_root:
-        roots = [data_root]
+        roots, c = [data_root], dataclasses.replace(c, version="auto")
     if split:
         splits = [split]
     return simipu.find_frames(c, roots, splits, named=bool(split))
@@ -387,7 +401,7 @@ def augmented_frame(frames, index, c, seed, device):
 def depth(
     source: Path,
     /,
-    preset: Literal["demo", "kitti", "nyu", "kitti_lidar"] | None = None,
+    preset: Literal["demo", "kitti", "nyu", "lidar"] | None = None,
     data_root: tuple[str, ...] = (),
     depth_root: str = "",
     splits: tuple[str, ...] = (),
@@ -632,7 +646,110 @@ def judge_detector(model, frames, c, run, save, drawn, labelled):
     return figures, lines
 
 
-COMMANDS = {"match": match, "probe": probe, "show": show, "depth": depth, "det3d": det3d, "export": weights.export}
+# -----------------------------------------------------------------------------
+# mono3d
+
+
+def mono3d(
+    source: Path,
+    /,
+    data_root: tuple[str, ...] = (),
+    version: str | None = None,
+    splits: tuple[str, ...] = (),
+    frames: int | None = None,
+    skip_missing: bool = False,
+    save: Path | None = None,
+    drawn: int = 8,
+    json: Path | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+):
+    """nuScenes' detection figures of a monocular detector, or of anybody's results file: mAP by distance between
+    centres, five errors, NDS. On KITTI's labels mAP and three errors, of three classes.
+
+    Args:
+        source: last.pt of finetune_mono3d.py; or a results file, .json, in the format of nuScenes' devkit.
+        data_root: Folder of nuScenes, or folders in KITTI's object layout, with labels; by default the run's.
+        version: Of nuScenes: the folder of tables, such as v1.0-mini; by default the run's, or the one that the splits
+            are of.
+        splits: Of nuScenes: val, mini_val, ...; of KITTI: names in ImageSets/; by default the run's --eval-splits, or
+            val.
+        frames: At most so many samples, evenly spread; 0 for all; by default the run's --eval-frames.
+        skip_missing: Leave out frames that lack an image, instead of stopping at them.
+        save: Folder to write a detector's results.json to, and pictures of some frames.
+        drawn: With --save, so many pictures, evenly spread.
+        json: File to write the figures to, under the devkit's own keys.
+        device: auto is the GPU if there is one.
+    """
+    at_least(0, frames=frames, drawn=drawn)
+    run = runtime.start_run(device)
+    if source.suffix == ".json":
+        c = finetune_mono3d.Config(version=version or "auto")
+        if len(data_root) != 1:
+            raise BadInput(f"{source}: a results file; --data-root must say of what, one folder of nuScenes")
+        if frames or save:
+            raise BadInput(f"{source}: a results file; --frames and --save are for detectors")
+        truth = eval_nuscenes.read_truth(data_root[0], splits or ("val",), c.version)
+        results = eval_nuscenes.read_results(source, truth)
+    else:
+        model, c, trained_on = load_mono_run(source, run.device)
+        own = {"data_root": data_root, "eval_root": ()} if data_root else {}
+        own |= {"eval_splits": splits or c.eval_splits or ("val",), "version": version or c.version}
+        own |= {"skip_missing": skip_missing or c.skip_missing}
+        c = dataclasses.replace(c, **own)
+        if c.dataset == "nuscenes" and len(c.eval_root or c.data_root) > 1:
+            raise BadInput("--data-root: one folder of nuScenes")
+        chosen, notes = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits)
+        chosen = data_mono3d.few_samples(chosen, c.eval_frames if frames is None else frames)
+        seen = len(trained_on & set(data_mono3d.inventory(chosen)))
+        if seen:
+            notes.append(
+                f"note: {source} was trained on {seen} of these {len(chosen)} images: its figures will flatter"
+            )
+        if notes:
+            print("\n".join(notes))
+        truth = eval_mono3d.read_truth(c, chosen)
+        results = find_boxes(model, chosen, truth, c, run, save, drawn)
+    figures = eval_mono3d.evaluate(c, results, truth)
+    print("\n".join(eval_mono3d.report(c, figures, truth)))
+    if json:
+        eval_nuscenes.write_figures(json, figures)
+
+
+def load_mono_run(path, device):
+    """finetune_mono3d's last.pt -> model in eval mode, Config, names and sizes of the files it was trained on.
+
+    Raises BadInput for any other file.
+    """
+    saved = read_checkpoint(path)
+    c = runtime.config_of(saved, finetune_mono3d.Config, path, "finetune_mono3d.py")
+    model = finetune_mono3d.FCOS3D(c)
+    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
+    return model.to(device).eval(), c, set(saved.get("inventory", ()))
+
+
+def find_boxes(model, frames, truth, c, run, save, drawn):
+    """-> results of all samples. With `save`, a folder, they are written there, and pictures of some frames."""
+    pictured = set(data.evenly_spread(range(len(frames)), drawn)) if save else set()
+    if save:
+        make_folder("save", save / "pictures")
+
+    def seen(i, found):
+        if i in pictured:
+            name = frames[i].name.replace("/", "_")
+            eval_mono3d.draw_frame(frames[i], found, c, save / "pictures" / f"{name}.png")
+
+    samples = list(data_mono3d.samples_of(frames).items())
+    found = eval_mono3d.detect(model, frames, samples, c, run.device, seen)
+    found = list(tqdm(found, "judging", len(samples), dynamic_ncols=True, mininterval=1))
+    results = eval_nuscenes.collect(found, truth)
+    if save:
+        eval_nuscenes.write_results(save / "results.json", results, truth)
+        print(f"wrote results.json and {len(pictured)} pictures into {save}/")
+    return results
+
+
+COMMANDS = {"match": match, "probe": probe, "show": show, "depth": depth, "det3d": det3d, "mono3d": mono3d}
+COMMANDS |= {"export": weights.export}
 
 
 def main():

@@ -30,7 +30,7 @@ from data_depth import KB, kb_window
 from files import BadInput, writing
 
 # where ground truth counts, by data set
-CROPS = {"kitti": "garg", "kitti_lidar": "garg", "nyu": "eigen", "scenes": "none"}
+CROPS = {"kitti": "garg", "lidar": "garg", "nyu": "eigen", "scenes": "none"}
 # Garg's crop: rows from, to, columns from, to, as shares of the edges
 GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)
 

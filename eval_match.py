@@ -1,9 +1,10 @@
 """Figures of a pre-trained model on frames that it was never trained on: `match` and `probe`, and their tables.
 
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
-feature is ranked among all of the frame's by its similarity to the place's point feature. It asks twice, of the right
-image and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the pixel's
-position alone, which lowers both. Only the gap between the two is what the network sees in the image.
+feature is to be found among all of the frame's by its similarity to the place's point feature. It asks twice, of the
+right image and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the
+pixel's position alone, which helps in both. Only the gain, the cross-entropy with another's image less that with the
+right one, is what the network sees in the image.
 
 `probe` fits a ridge regression of log-depth on frozen features at the pixels of LiDAR points. Position, which every row
 has for free, explains most of it, and a network trained on wrong pairs lifts it nearly as much as one trained on true
@@ -15,8 +16,8 @@ Both are functions of a model (simipu.SimIPU) and frames.
 import copy
 import dataclasses
 import itertools
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,39 +87,86 @@ def image_input(batch):
 # matching on frames never trained on
 
 
-def ranks(query, key, temperature):
-    """How well each query (n, D) points out its own key (n, D) among all; both are l2-normalised here.
+# Inverse temperatures that a frame's cosines are read with, eight an octave. 0 reads nothing, and scores chance.
+SHARPNESS = (0.0, *(2 ** (i / 8) for i in range(-16, 57)))
+INTERVAL = 1000  # draws of frames, with replacement, behind the interval of the gain
+POSITION_DEGREE = 4  # of the polynomial in (u, v) that the reader of `position_entropies` knows of a pixel
+POSITION_PENALTY = 5.0  # on its squared weights, beside sums of cross-entropies
+POSITION_PLACES = 128  # of a frame, at most, that it is fitted on
 
-    -> (3, n): the share of the other keys that beat it, in percent, equals sharing a rank; 1 where none does, and a tie
-    is no success; cross-entropy less its chance level ln n.
+
+class Answers(NamedTuple):
+    """What a frame's n places answered, on the CPU."""
+
+    ranks: torch.Tensor  # (2, n) of `ranks`
+    entropy: torch.Tensor  # (len(SHARPNESS),) of `entropy_sums`
+
+
+class Positions(NamedTuple):
+    """What the reader of `position_entropies` knows of a frame's n places, on the CPU."""
+
+    query: torch.Tensor  # (n, 1 + D) a constant, and the point features in D dimensions, of length sqrt(D)
+    where: torch.Tensor  # (n, 15) of `positions`, of their pixels
+
+
+def answers(query, key):
+    """How well each query (n, D) points out its own key (n, D) among all; both are l2-normalised here. -> Answers."""
+    cosine = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T  # (n, n)
+    return Answers(ranks(cosine), entropy_sums(cosine))
+
+
+def ranks(cosine):
+    """Of each row's own column among all, by cosine (n, n).
+
+    -> (2, n): the share of the other columns that beat it, in percent, equals sharing a rank; 1 where none does, and a
+    tie is no success.
     """
-    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature  # (n, n)
-    n = len(logits)
-    own = logits.diagonal()[:, None]
-    better, equal = (logits > own).sum(1), (logits == own).sum(1)  # its own key is among the equal ones
-    beaten_by = (better + (equal - 1) / 2) / max(n - 1, 1)
+    own = cosine.diagonal()[:, None]
+    better, equal = (cosine > own).sum(1), (cosine == own).sum(1)  # its own column is among the equal ones
+    beaten_by = (better + (equal - 1) / 2) / max(len(cosine) - 1, 1)
     top1 = (better + equal == 1).float()
-    entropy = F.cross_entropy(logits, torch.arange(n, device=logits.device), reduction="none")
-    return torch.stack([100 * beaten_by, top1, entropy - math.log(n)]).cpu()
+    return torch.stack([100 * beaten_by, top1]).cpu()
+
+
+def entropy_sums(logits):
+    """Cross-entropy of the rows' own columns, logits (n, n), summed over rows, at each of SHARPNESS: (74,) float64."""
+    own = torch.arange(len(logits), device=logits.device)
+    sums = [F.cross_entropy(sharpness * logits, own, reduction="sum") for sharpness in SHARPNESS]
+    return torch.stack(sums).double().cpu()
+
+
+def distinct(places):
+    """Indices of places (n, 3), in order, less those at a spot that came before: the point encoder keeps some points
+    twice, and nobody could tell such twins apart.
+    """
+    _, first = np.unique(places.cpu().numpy(), axis=0, return_index=True)
+    return torch.from_numpy(np.sort(first)).to(places.device)
 
 
 @torch.no_grad()
 def match(model, frames, c, device):
     """Does a place point out its own pixel, and its own partner in the other view, on these frames (two or more)?
 
-    -> dict of, for `right` (the frame's image) and `wrong` (another frame's image at the same pixels): _rank, the
-    median over places of the share of candidates, the frame's places, that beat the true one, in percent (50 is chance,
-    0 perfect); _top1, the share of places whose true one is the best; _excess, mean cross-entropy less its chance level
-    ln(candidates). `gap` is wrong_rank - right_rank, in points, and `gap_interval` its 95 % interval over frames
-    (bootstrap). The same three for `intra`, against the matched places of the other view. A branch that the model lacks
-    has no figures.
+    -> dict of `gain`, nats, mean cross-entropy with another frame's image at the same pixels less that with the right
+    image, and `gain_interval`, its 95 % interval over frames (bootstrap); `chance`, mean ln(candidates), of a frame's
+    places that differ; for `right` (the frame's image) and `wrong` (another's): _excess, mean cross-entropy less its
+    chance level; _rank, the median over places of the share of candidates that beat the true one, in percent (50 is
+    chance, 0 perfect); _top1, the share of places whose true one is the best. `gap` is wrong_rank - right_rank, in
+    points, with `gap_interval`. `position_excess` is that of a reader who knows the point features, and of each pixel
+    nothing but where it lies (`position_entropies`). The three figures of `intra` are against the matched places of the
+    other view. `per_frame`: lists, a number for each frame: its places, and the sums over them of the cross-entropies
+    right, wrong and position, nats. A branch that the model lacks has no figures.
+
+    Cosines are divided by a temperature before a cross-entropy is taken: by one for right and wrong alike, and that is
+    the one that is best for both together on the other half of the frames (even ones, odd ones). So neither the
+    run's own temperature nor over-confidence decides.
 
     Deterministic. The other image is that of a frame half the list away, for neighbours may be near copies. Only two
     frames are held at a time.
     """
     unseen = Unseen(frames, c, device)
     model = recalibrated(model, unseen.first_groups(), False)
-    encode = lambda batch: model.img_backbone(image_input(batch))[-1] if c.inter_weight else None
+    encode = lambda batch: model.img_backbone(image_input(batch)) if c.inter_weight else None
 
     found = {}  # frame: result of `match_frame`
     half = -(-len(frames) // 2)
@@ -129,81 +177,186 @@ def match(model, frames, c, device):
         found[i] = match_frame(model, batches[0], maps[0], maps[1], c)
         if j >= half:  # the odd one out is paired with frame 0, which has been asked
             found[j] = match_frame(model, batches[1], maps[1], maps[0], c)
-    return match_figures(found)
+    return match_figures(found, device)
 
 
-def match_frame(model, batch, own_map, other_map, c):
-    """The question of `match` for a batch of one frame, of its own image's feature map (1, C, h, w) and another's. ->
-    {"right", "wrong", "intra": (3, n) of `ranks`, for n places}, without those that the model has no branch for.
+def match_frame(model, batch, own_maps, other_maps, c):
+    """The question of `match` for a batch of one frame, of its own image's maps, (1, C, h, w) each, and another's. ->
+    {"right", "wrong", "intra": Answers, "position": Positions}, without those that the model has no branch for.
     """
     found = {}
     views = torch.cat([batch["alpha"], batch["beta"]]) if c.intra_weight else batch["alpha"]
     places, features = model.pts_backbone(views)
+    differ = distinct(places[0])
     if c.inter_weight:
         height, width = batch["image"].shape[2:]
         uv, depth = data.project(places[:1], batch["lidar2img"])
         seen = data.inside_image(uv, depth, width, height)[0]
-        query = model.mlp_cross_points(features[0][seen])
-        for which, feature_map in (("right", own_map), ("wrong", other_map)):
-            sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
-            found[which] = ranks(query, model.mlp_cross_img(sampled[seen]), c.temperature)
+        asked = differ[seen[differ]]
+        query = model.mlp_cross_points(features[0][asked])
+        for which, maps in (("right", own_maps), ("wrong", other_maps)):
+            sampled = encoders.sample_stages(model.img_backbone, maps, uv, c.inter_stages)[0]
+            found[which] = answers(query, model.mlp_cross_img(sampled[asked]))
+        constant = query.new_ones(len(query), 1)
+        unit = F.normalize(query, dim=1) * query.shape[1] ** 0.5
+        where = positions(uv[0][asked].cpu(), width, height, POSITION_DEGREE)
+        found["position"] = Positions(torch.cat([constant, unit], 1).cpu(), where)
     if c.intra_weight:
         everywhere = torch.ones(1, c.places)
         partner = model.match(places[:1], places[1:], batch["T"], everywhere)()[0][0]
         query, key = model.mlp_intro_points(features[0]), model.mlp_intro_points(features[1])[partner]
-        found["intra"] = ranks(query, key, c.temperature)
+        found["intra"] = answers(query[differ], key[differ])
     return found
 
 
-def match_figures(found):
+def match_figures(found, device="cpu"):
     """{frame: result of `match_frame`}, of all frames from 0 on -> result of `match`, rounded to four digits."""
-    figures = {"frames": len(found)}
-    for which in found[0]:
-        all_places = torch.cat([frame[which] for frame in found.values()], 1)
-        _, top1, excess = all_places.mean(1).tolist()
-        figures[f"{which}_rank"] = median_rank(found, which, found)
-        figures[f"{which}_top1"] = top1
-        figures[f"{which}_excess"] = excess
-    if "right" in found[0]:
-        rng = np.random.default_rng(0)
-        draws = [rng.integers(len(found), size=len(found)) for _ in range(200)]
-        gaps = [median_rank(found, "wrong", draw) - median_rank(found, "right", draw) for draw in draws]
+    frames = [found[i] for i in range(len(found))]
+    figures, per_frame = {"frames": len(frames)}, {}
+    rng = np.random.default_rng(0)
+    if "right" in frames[0]:
+        places = places_of(frames, "right")
+        right, wrong = tempered([entropies_of(frames, which) for which in ("right", "wrong")])
+        (position,) = tempered([position_entropies([frame["position"] for frame in frames], device)])
+        per_frame = {"places": places, "right": right, "wrong": wrong, "position": position}
+        draws = rng.integers(len(frames), size=(INTERVAL, len(frames)))
+        gains = (wrong - right)[draws].sum(1) / places[draws].sum(1)
+        figures["gain"] = (wrong - right).sum() / places.sum()
+        figures["gain_interval"] = np.percentile(gains, [2.5, 97.5])
+        figures["chance"] = chance_sums(places).sum() / places.sum()
+        figures |= judged_answers(frames, "right", right) | judged_answers(frames, "wrong", wrong)
+        figures["position_excess"] = excess(position, places)
+        gaps = [median_rank(found, "wrong", draw) - median_rank(found, "right", draw) for draw in draws[:200]]
         figures["gap"] = figures["wrong_rank"] - figures["right_rank"]
-        figures["gap_interval"] = np.percentile(gaps, [2.5, 97.5]).tolist()
-    for key, value in figures.items():
-        figures[key] = [round(x, 4) for x in value] if isinstance(value, list) else round(value, 4)
-    return figures
+        figures["gap_interval"] = np.percentile(gaps, [2.5, 97.5])
+    if "intra" in frames[0]:
+        figures |= judged_answers(frames, "intra", *tempered([entropies_of(frames, "intra")]))
+    rounded = {key: np.round(value, 4).tolist() for key, value in figures.items()}
+    if per_frame:
+        rounded["per_frame"] = {key: np.round(value, 4).tolist() for key, value in per_frame.items()}
+    return rounded
+
+
+def judged_answers(frames, which, entropy):
+    """The three figures of `which`, of all frames' Answers and their cross-entropies (F,), sums over places."""
+    every = torch.cat([frame[which].ranks for frame in frames], 1)
+    return {
+        f"{which}_excess": excess(entropy, places_of(frames, which)),
+        f"{which}_rank": every[0].median().item(),
+        f"{which}_top1": every[1].mean().item(),
+    }
+
+
+def places_of(frames, which):
+    """How many places of each frame were asked: (F,)."""
+    return np.array([frame[which].ranks.shape[1] for frame in frames])
+
+
+def entropies_of(frames, which):
+    """(F, len(SHARPNESS)) cross-entropies, sums over a frame's places."""
+    return torch.stack([frame[which].entropy for frame in frames]).numpy()
+
+
+def excess(entropy, places):
+    """Mean cross-entropy less its chance level, of sums over frames' places (F,) and their numbers (F,)."""
+    return (entropy - chance_sums(places)).sum() / places.sum()
+
+
+def chance_sums(places):
+    """Cross-entropy of knowing nothing, summed over so many places (F,)."""
+    return places * np.log(np.maximum(places, 1))
+
+
+def halves(count):
+    """So many frames in two halves, to fit on one and score on the other: pairs of indices (fitted, scored)."""
+    even, odd = np.arange(0, count, 2), np.arange(1, count, 2)
+    return (odd, even), (even, odd)
+
+
+def tempered(curves):
+    """Cross-entropies after one temperature, that which is best for all curves together on the other half of the
+    frames. curves: (F, len(SHARPNESS)) each -> (F,) each.
+    """
+    together = sum(curves)
+    out = [np.zeros(len(together)) for _ in curves]
+    for fitted, scored in halves(len(together)):
+        best = together[fitted].sum(0).argmin()
+        for values, curve in zip(out, curves):
+            values[scored] = curve[scored, best]
+    return out
+
+
+def position_entropies(frames, device="cpu"):
+    """What can be told without any image: cross-entropies (F, len(SHARPNESS)), sums over a frame's places, of a reader
+    who knows the network's point features, and of each pixel nothing but where it lies.
+
+    frames: Positions each. A place's candidates compete by query W where, bilinear in point features and a polynomial
+    in (u, v). W is fitted to one half of the frames and scored on the other.
+    """
+    frames = [Positions(*(part.to(device, torch.float64) for part in frame)) for frame in frames]
+    out = np.zeros((len(frames), len(SHARPNESS)))
+    for fitted, scored in halves(len(frames)):
+        weight = fit_positions([frames[i] for i in fitted])
+        for i in scored:
+            out[i] = entropy_sums(frames[i].query @ weight @ frames[i].where.T).numpy()
+    return out
+
+
+def fit_positions(frames):
+    """The W (1 + D, 15) that makes a ridge and the cross-entropies of these frames' places least."""
+    thinned = []
+    for query, where in frames:
+        step = -(-len(query) // POSITION_PLACES) or 1
+        thinned.append((query[::step], where[::step], torch.arange(len(query[::step]), device=query.device)))
+    query, where, _ = thinned[0]
+    with torch.enable_grad():
+        weight = query.new_zeros(query.shape[1], where.shape[1]).requires_grad_()
+        optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            total = POSITION_PENALTY * weight.square().sum()
+            for query, where, own in thinned:
+                total = total + F.cross_entropy(query @ weight @ where.T, own, reduction="sum")
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+    return weight.detach()
 
 
 def median_rank(found, which, frames):
     """Over all places of these frames, one that is named twice counting twice."""
-    return torch.cat([found[int(i)][which][0] for i in frames]).median().item()
+    return torch.cat([found[int(i)][which].ranks[0] for i in frames]).median().item()
 
 
 def match_table(rows):
     """Lines of text for {name: result of `match`}."""
     width = max(map(len, rows))
-    frames = next(iter(rows.values()))["frames"]
-    of = "median rank of the true one among a frame's places (0 best, 50 % chance), top1, cross-entropy less chance"
+    first = next(iter(rows.values()))
+    chance = f" (chance: {first['chance']:.2f})" if "chance" in first else ""
+    titles = "", "gain (95 %)", "right image", "another's image", "position", "other view's"
     lines = [
-        f"matching on {frames} frames: {of}",
-        f"{'':>{width}}        right image            another's image      gap in rank (95 %)    other view's places",
+        f"matching on {first['frames']} frames; gain: cross-entropy with another's image less that with the right one",
+        f"    in nats{chance}; then cross-entropy less chance, median rank (0 best, 50 % chance), top1",
+        "{:{}} {:^22} {:^22}  {:^22} {:^8} {:^22}".format(titles[0], width, *titles[1:]).rstrip(),
     ]
     for name, figures in rows.items():
         right, wrong, intra = (_match_cell(figures, which) for which in ("right", "wrong", "intra"))
-        gap = "-"
-        if "gap" in figures:
-            low, high = figures["gap_interval"]
-            gap = f"{figures['gap']:5.1f} ({low:.1f} to {high:.1f})"
-        lines.append(f"{name:>{width}} {right} {wrong}  {gap:^22}{intra}")
+        gain, position = "-", "-"
+        if "gain" in figures:
+            low, high = figures["gain_interval"]
+            gain = f"{figures['gain']:.2f} ({low:.2f} to {high:.2f})"
+            position = f"{figures['position_excess']:+.2f}"
+        lines.append(f"{name:>{width}} {gain:^22} {right}  {wrong} {position:^8} {intra}")
     return lines
 
 
 def _match_cell(figures, which):
     if f"{which}_rank" not in figures:
-        return f"{'-':>23}"
-    rank, top1, excess = (figures[f"{which}_{figure}"] for figure in ("rank", "top1", "excess"))
-    return f"{rank:6.1f} % {100 * top1:5.1f} % {excess:+6.2f}"
+        return f"{'-':>22}"
+    rank, top1, over = (figures[f"{which}_{figure}"] for figure in ("rank", "top1", "excess"))
+    return f"{over:+6.2f} {rank:5.1f} % {100 * top1:5.1f} %"
 
 
 # -----------------------------------------------------------------------------
@@ -286,10 +439,12 @@ def sample_features(encoder, unseen, probed, stage, offset=0):
     return columns
 
 
-def positions(uv, width, height):
-    """All products of powers of (u, v), in [-1, 1], up to DEGREE together. uv (n, 2) pixels -> (n, 21) float64."""
+def positions(uv, width, height, degree=DEGREE):
+    """All products of powers of (u, v), in [-1, 1], up to `degree` together. uv (n, 2) pixels -> float64, (n, 21) of 5,
+    (n, 15) of 4.
+    """
     u, v = (2 * (uv[:, i].double() + 0.5) / size - 1 for i, size in ((0, width), (1, height)))
-    return torch.stack([u**i * v**j for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i)], 1)
+    return torch.stack([u**i * v**j for i in range(degree + 1) for j in range(degree + 1 - i)], 1)
 
 
 def standardised(gram, free):

@@ -185,7 +185,8 @@ def _check(found, where):
 
     for key in ("translation", "size", "rotation", "velocity", "score"):
         values = getattr(found, key)
-        refuse(~np.isfinite(values.reshape(len(values), -1)).all(1), f"{key} is NaN or infinite")
+        finite = np.isfinite(values).all(tuple(range(1, values.ndim)))
+        refuse(~finite, f"{key} is NaN or infinite")
     refuse((found.size <= 0).any(1), "size must be above 0")
     refuse((found.rotation == 0).all(1), "rotation is 0, 0, 0, 0")
     refuse(_rank(found.sample) >= MOST, f"a sample has at most {MOST} boxes")
@@ -297,17 +298,18 @@ def _rank(groups):
 # figures
 
 
-def evaluate(found, truth):
+def evaluate(found, truth, classes=tuple(RANGES), asked=tuple(ERRORS)):
     """nuScenes' figures, under the devkit's own keys: label_aps, mean_dist_aps, mean_ap, label_tp_errors, tp_errors,
     tp_scores, nd_score, eval_time, cfg.
 
     found: of `read_results` or `collect`, truth: of `read_truth`. A class that is not there has AP 0, and errors 1; the
-    errors that a class is not asked for are NaN.
+    errors that a class is not asked for are NaN. classes, asked: of RANGES and of ERRORS; where labels know less than
+    nuScenes', there are figures of these alone, and no nd_score.
     """
     start = time.perf_counter()
     found_counts, truth_counts = _counts(found, truth), _counts(truth, truth, truth.points)
     label_aps, label_errors = {}, {}
-    for name in RANGES:
+    for name in classes:
         kind = CLASSES.index(name)
         truth_rows = np.flatnonzero(truth_counts & (truth.kind == kind))
         found_rows = np.flatnonzero(found_counts & (found.kind == kind))
@@ -324,11 +326,14 @@ def evaluate(found, truth):
                 scores = found.score[pairs[0]]
                 errors = {key: _error(values, scores, confidence) for key, values in errors.items()}
         label_aps[name] = aps or dict.fromkeys(map(str, DISTANCES), 0.0)
-        label_errors[name] = errors | dict.fromkeys(NOT_ASKED.get(name, ()), np.nan)
+        errors |= dict.fromkeys(NOT_ASKED.get(name, ()), np.nan)
+        label_errors[name] = {key: errors[key] for key in asked}
     mean_aps = {name: float(np.mean(list(aps.values()))) for name, aps in label_aps.items()}
     mean_ap = float(np.mean(list(mean_aps.values())))
-    errors = {key: float(np.nanmean([own[key] for own in label_errors.values()])) for key in ERRORS}
+    errors = {key: float(np.nanmean([own[key] for own in label_errors.values()])) for key in asked}
     scores = {key: max(0.0, 1.0 - error) for key, error in errors.items()}
+    score = float((MAP_WEIGHT * mean_ap + sum(scores.values())) / (MAP_WEIGHT + len(scores)))
+    whole = set(classes) == RANGES.keys() and set(asked) == ERRORS.keys()
     return {
         "label_aps": label_aps,
         "mean_dist_aps": mean_aps,
@@ -336,10 +341,10 @@ def evaluate(found, truth):
         "label_tp_errors": label_errors,
         "tp_errors": errors,
         "tp_scores": scores,
-        "nd_score": float((MAP_WEIGHT * mean_ap + sum(scores.values())) / (MAP_WEIGHT + len(scores))),
+        **({"nd_score": score} if whole else {}),
         "eval_time": time.perf_counter() - start,
         "cfg": {
-            "class_range": RANGES,
+            "class_range": {name: RANGES[name] for name in classes},
             "dist_fcn": "center_distance",
             "dist_ths": list(DISTANCES),
             "dist_th_tp": ERRORS_AT,
@@ -398,21 +403,24 @@ def _error(values, score, confidence):
 def table(figures, truth, published=False):
     """Lines of text for a result of `evaluate`. published: with PUBLISHED, which is of the whole val split."""
     counted = np.bincount(truth.kind[_counts(truth, truth, truth.points)], minlength=len(CLASSES))
+    score = f", NDS {100 * figures['nd_score']:.2f}" if "nd_score" in figures else ""
+    mean_ap = f"mAP {100 * figures['mean_ap']:.2f}"
     rows = [
-        f"nuScenes detection on {len(truth.tokens)} samples, {truth.where}: mAP {100 * figures['mean_ap']:.2f}, "
-        f"NDS {100 * figures['nd_score']:.2f}",
+        f"nuScenes detection on {len(truth.tokens)} samples, {truth.where}: {mean_ap}{score}",
         "AP in percent, within .5 to 4 m between centres, and their mean; n objects that count; errors at 2 m in m,",
         "1 - IoU, radians, m/s, 1 - accuracy, lower is better",
         "",
     ]
-    heads = ["n", *(f"{d:g} m" for d in DISTANCES), "AP", *ERRORS.values()]
+    heads = ["n", *(f"{d:g} m" for d in DISTANCES), "AP", *(ERRORS[key] for key in figures["tp_errors"])]
     rows.append("".join([" " * 20, *(f"{head:>8}" for head in heads)]))
-    for name in RANGES:
-        own = [*figures["label_aps"][name].values(), figures["mean_dist_aps"][name]]
+    every = 0
+    for name, aps in figures["label_aps"].items():
+        own = [*aps.values(), figures["mean_dist_aps"][name]]
         n = counted[CLASSES.index(name)]
+        every += n
         rows.append(_row(name, n, own, figures["label_tp_errors"][name].values()))
     means = np.mean([list(own.values()) for own in figures["label_aps"].values()], 0)
-    rows.append(_row("mean", counted.sum(), [*means, figures["mean_ap"]], figures["tp_errors"].values()))
+    rows.append(_row("mean", every, [*means, figures["mean_ap"]], figures["tp_errors"].values()))
     if published:
         rows += ["", "FCOS3D, ResNet-50, val split, after pre-training (paper, Table 4)       mAP     NDS"]
         rows += [f"{who:>68}{mean_ap:8.2f}{nds:8.2f}" for who, (mean_ap, nds) in PUBLISHED.items()]

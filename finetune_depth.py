@@ -9,7 +9,7 @@ annotation at all:
     torchrun --standalone finetune_depth.py kitti --init out/kitti/backbone.pt --data-root data/kitti_raw \\
         --depth-root data/kitti_depth --splits kitti_eigen_train.txt --eval-splits kitti_eigen_test.txt
     torchrun --standalone --nproc_per_node=2 finetune_depth.py nyu --init resnet50-imagenet.pth --data-root data/nyu
-    torchrun --standalone finetune_depth.py kitti_lidar --init out/kitti/backbone.pt --data-root data/kitti \\
+    torchrun --standalone finetune_depth.py lidar --init out/kitti/backbone.pt --data-root data/kitti \\
         --splits train --eval-splits val
 
 Resume: the same command again. Every flag: `python finetune_depth.py kitti --help`. A run ends with its metrics on
@@ -54,15 +54,15 @@ class Config:
     """Everything a run depends on. Defaults are the toolbox's for KITTI."""
 
     # ---- data ----
-    dataset: Literal["kitti", "nyu", "kitti_lidar", "scenes"] = "kitti"
+    dataset: Literal["kitti", "nyu", "lidar", "scenes"] = "kitti"
     """How images and depths are found and cropped: data_depth.py says what each means."""
     data_root: tuple[str, ...] = ("data/kitti_raw",)
     """Folders of images; several are pooled."""
     depth_root: str = ""
     """Folder of the ground truth of kitti and nyu. Not given: it lies in data_root."""
     splits: tuple[str, ...] = ("kitti_eigen_train.txt",)
-    """What is trained on: split files for kitti and nyu, here or in data_root; for the others names of files in
-    ImageSets/.
+    """What is trained on: split files for kitti and nyu, here or in data_root; for the others the splits of their data
+    set.
     """
     eval_splits: tuple[str, ...] = ("kitti_eigen_test.txt",)
     """What the run ends by judging itself on. () for nothing."""
@@ -75,7 +75,7 @@ class Config:
     labels: float = 1.0
     """Share of the training pairs that is used, evenly spread: how much annotation does pre-training save?"""
     frame_stride: int = 1
-    """Of raw drives without split files: keep every n-th frame."""
+    """Without split files: keep every n-th frame of a drive, a sequence, or of nuScenes' keyframes."""
     skip_missing: bool = False
     """Leave out pairs that lack a file, instead of stopping at them."""
     synthetic_frames: int = 0
@@ -109,7 +109,9 @@ class Config:
     """Red, green and blue are each multiplied by U(channel_gain)."""
     # ---- network ----
     init: str = "none"
-    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. none: from scratch.
+    """
     zero_init_residual: bool = True
     """From scratch, the last batch norm of every residual block starts at 0 (Goyal et al. 2017), as in the toolbox.
     Short runs learn faster without.
@@ -182,11 +184,10 @@ PRESETS = {
             eval_splits=("nyu_test.txt",), crop=(544, 416), max_depth=10.0, brightness=(0.75, 1.25),
         ),
     ),
-    "kitti_lidar": (
-        "Anything in KITTI's layouts, its own sweeps projected into the images as ground truth.",
+    "lidar": (
+        "Any data set of simipu.py's, its own sweeps projected into the images as ground truth.",
         Config(
-            name="depth_kitti_lidar", dataset="kitti_lidar", data_root=("data/kitti",), splits=("train",),
-            eval_splits=("val",),
+            name="depth_lidar", dataset="lidar", data_root=("data/kitti",), splits=("train",), eval_splits=("val",),
         ),
     ),
 }  # fmt: skip
@@ -320,14 +321,15 @@ def check_config(c, world):
     """-> runtime.split_batch. Raises BadInput, naming the flag, for what cannot work."""
     split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every frame_stride", 1, 1e9, "1 or more")
-    runtime.check_range(c, "lr max_depth min_depth labels", 1e-30, 1e30, "above 0")
+    runtime.check_range(c, "lr max_depth min_depth", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "image_scale", 1e-3, 8, "above 0, and 8 or less")
     runtime.check_range(c, "gamma brightness channel_gain", 1e-30, 1e3, "above 0, the smaller first", rising=True)
     runtime.check_range(c, "seed workers max_steps eval_every eval_frames synthetic_frames crop", 0, 1e9, "0 or more")
     runtime.check_range(c, "keep_every", 0, 1e9, "0 or more")
     runtime.check_range(c, "weight_decay clip decoder_width", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
-    runtime.check_range(c, "labels rotation_p flip colour_p", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "labels", 1e-30, 1, "above 0, and 1 or less")
+    runtime.check_range(c, "rotation_p flip colour_p", 0, 1, "from 0 to 1")
     if c.decoder_width % 16:
         raise BadInput(f"--decoder-width {c.decoder_width}: must be a multiple of 16, as it is halved four times")
     if c.min_depth >= c.max_depth:

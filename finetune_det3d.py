@@ -113,7 +113,9 @@ class Config:
     image: bool = True
     """False: points alone, the control that an image encoder's worth is measured against."""
     init: str = "none"
-    """Weights the image encoder starts from: anybody's, see weights.py. none: from scratch."""
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. none: from scratch.
+    """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """How that file's pixels were normalised, where it does not say."""
     load: str = ""
@@ -478,11 +480,12 @@ def check_config(c, world):
     split = runtime.split_batch(c, world)
     runtime.check_range(c, "epochs log_every save_every keep_rows second_layers", 1, 1e9, "1 or more")
     runtime.check_range(c, "fpn fusion vfe sparse second neck upsample", 1, 4096, "from 1 to 4096")
-    runtime.check_range(c, "lr image_lr labels", 1e-30, 1e30, "above 0")
+    runtime.check_range(c, "lr image_lr", 1e-30, 1e30, "above 0")
     runtime.check_range(c, "seed workers max_steps eval_every keep_every eval_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "max_points warm_up clip translation synthetic_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
-    runtime.check_range(c, "labels flip norm_momentum", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "labels", 1e-30, 1, "above 0, and 1 or less")
+    runtime.check_range(c, "flip norm_momentum", 0, 1, "from 0 to 1")
     runtime.check_range(c, "drops", 0, 1, "from 0 to 1, rising", rising=True)
     runtime.check_range(c, "scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     runtime.check_range(c, "voxel", 1e-3, 10, "from .001 to 10")

@@ -363,11 +363,11 @@ class Loop:
             if loop.saving: loop.save(...)              # before judging, which may be killed, or end at a broken file
             if loop.judging: loop.judge()               # loop.judged: what it last found
 
-    c has the fields out, name, log_every, save_every, keep_every, eval_every, max_steps, epochs, batch_size. identity:
-    what must be as it was on resuming. names: of the frames, for messages; a batch says under "index" which it holds.
-    judgement() -> figures, logged as `what`, if there is anything to judge on; a run killed while it judged does so
-    when it is started again, and so does a finished one. loop.model is the model as it is to be called: on several
-    processes it also averages gradients.
+    c has the fields out, name, log_every, save_every, keep_every, max_steps, epochs, batch_size, and, where there is a
+    judgement, eval_every. identity: what must be as it was on resuming. names: of the frames, for messages; a batch
+    says under "index" which it holds. judgement() -> figures, logged as `what`, if there is anything to judge on; a run
+    killed while it judged does so when it is started again, and so does a finished one. loop.model is the model as it
+    is to be called: on several processes it also averages gradients.
 
     A run that is asked to stop, by SIGTERM, Ctrl-C or a terminal that closes, finishes its step, saves and leaves; so
     does one whose next batch cannot be had, and that is an error then. One process at a time works in a run's folder.
@@ -408,7 +408,7 @@ class Loop:
         disks that not all nodes share, other data, other flags.
         """
         rhythm = ("log_every", "save_every", "keep_every", "eval_every", "max_steps", "epochs")
-        mine = {"step": self.start} | self.identity | {name: getattr(self.c, name) for name in rhythm}
+        mine = {"step": self.start} | self.identity | {name: getattr(self.c, name, None) for name in rhythm}
         first, *others = self.run.gather([mine])
         for rank, theirs in enumerate(others, start=1):
             differ = differences(first, theirs)

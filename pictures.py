@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
 import data
-import encoders
 import ops_triton as ops
 from files import BadInput, read_log, writing
 
@@ -96,7 +95,8 @@ def limit_to_image(axis, height, width):
 # -----------------------------------------------------------------------------
 # a run's own pictures
 
-CURVES = (  # title of the panel; key in the log, behind intra or inter; factor; line; label, behind the same
+LOSSES = (("intra", "tab:blue"), ("inter", "tab:orange"), ("moco", "tab:purple"))
+CURVES = (  # title of the panel; key in the log, behind a loss; factor; line; label, behind the same
     ("InfoNCE loss", "", 1, "-", ""),
     ("InfoNCE loss", "_chance", 1, ":", ", chance"),
     ("top-1, %", "_top1", 100, "-", ""),
@@ -112,19 +112,26 @@ def curve(lines, values, **style):
 
 def draw_curves(log_path, path):
     """Losses with their chance levels, top-1, mean cosines and, if the run was judged more than once, matching on
-    unseen frames, from log.jsonl to a PNG.
+    unseen frames (gain and ranks), from log.jsonl to a PNG.
     """
     lines = read_log(log_path)
     log = [line for line in lines if "lr" in line]
-    judged = [line for line in lines if "gap" in line.get("match", ())]
+    judged = [line for line in lines if "gain" in line.get("match", ())]
     panels = {title: [] for title, *_ in CURVES}
-    for loss, colour in (("intra", "tab:blue"), ("inter", "tab:orange")):
+    for loss, colour in LOSSES:
         if not log or loss not in log[0]:
             continue  # a branch that the run does not have
         for title, key, factor, dashes, label in CURVES:
             values = [factor * line[loss + key] for line in log]
             panels[title].append(curve(log, values, color=colour, ls=dashes, label=loss + label))
     if len(judged) > 1:
+        gained = panels["unseen frames: gain, nats"] = []
+        for values, dashes, label in (
+            ([line["match"]["gain"] for line in judged], "-", "gain"),
+            ([line["match"]["gain_interval"][0] for line in judged], ":", "95 % over frames"),
+            ([line["match"]["gain_interval"][1] for line in judged], ":", None),
+        ):
+            gained.append(curve(judged, values, color="tab:green", ls=dashes, marker="o", ms=3, label=label))
         matched = panels["unseen frames: median rank, %"] = []
         for which, colour, label in (
             ("right", "tab:green", "the right image"),
@@ -154,6 +161,21 @@ def draw_depth_curves(log_path, path):
         "learning rate": [curve(log, [line["lr"][0] for line in log], label="AdamW")],
     }
     draw_panels(panels, path)
+
+
+def draw_against_frames(lines, title, path):
+    """{label: {number of frames: figures of all seeds}} -> a PNG: means, with bars from the least to the greatest."""
+    figure = new_figure(6, 4)
+    axis = figure.subplots()
+    for label, line in lines.items():
+        means, least, greatest = (np.array([of(v) for v in line.values()]) for of in (np.mean, np.min, np.max))
+        axis.errorbar(list(line), means, (means - least, greatest - means), label=label, marker="o", capsize=3)
+    axis.set(xscale="log", xlabel="frames pre-trained on", ylabel=title)
+    axis.set_xticks(list(line), list(map(str, line)), minor=False)
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    save_figure(figure, path, dpi=110)
 
 
 def draw_panels(panels, path):
@@ -247,18 +269,17 @@ def dense_embedding(model, image, step=STEP):
     """Eq. 7's image features, l2-normalised, on a grid of pixels: image (1, 3, H, W) -> (h, w, D), where cell (i, j) is
     what a place at pixel u = step j, v = step i would be compared with.
     """
-    feature_map = model.img_backbone(image)[-1]
+    maps = model.img_backbone(image)
     rows, columns = (torch.arange(0, edge, step, device=image.device) for edge in image.shape[2:])
     v, u = torch.meshgrid(rows, columns, indexing="ij")  # (h, w)
     uv = torch.stack([u, v], -1).view(1, -1, 2).float()
-    features = [_pixel_features(model, feature_map, part) for part in uv.split(8192, dim=1)]  # for the memory's sake
+    features = [_pixel_features(model, maps, part) for part in uv.split(8192, dim=1)]  # for the memory's sake
     return torch.cat(features).view(*u.shape, -1)
 
 
-def _pixel_features(model, feature_map, uv):
+def _pixel_features(model, maps, uv):
     """Eq. 7's image features at pixels uv (1, n, 2), l2-normalised: (n, D)."""
-    sampled = ops.bilinear_sample(feature_map, encoders.cells(model.img_backbone, uv))[0]
-    return F.normalize(model.mlp_cross_img(sampled), dim=1)
+    return F.normalize(model.mlp_cross_img(model.at_pixels(maps, uv)[0]), dim=1)
 
 
 def on_image(grid, step, height, width):
@@ -309,7 +330,7 @@ def embed(model, view):
     out = {"places": places[0], "places_beta": places[1], "uv": uv[0], "depth": depth[0], "visible": visible[0]}
     if hasattr(model, "mlp_cross_img"):
         out["point"] = F.normalize(model.mlp_cross_points(features[0]), dim=1)
-        out["pixel"] = _pixel_features(model, model.img_backbone(image)[-1], uv)
+        out["pixel"] = _pixel_features(model, model.img_backbone(image), uv)
         out["grid"] = dense_embedding(model, image)
     if hasattr(model, "mlp_intro_points"):
         both = F.normalize(model.mlp_intro_points(features.flatten(0, 1)), dim=1)
@@ -424,7 +445,7 @@ def draw_projection(view, path, title, things):
     closes = bottom.subplots(1, max(len(spots), 1), squeeze=False)[0]
     for number, (spot, close) in enumerate(zip(spots, closes), start=1):
         box = _box_around(spot, height, width)
-        _draw_box(axis, box, str(number))
+        _frame_close_up(axis, box, str(number))
         close.imshow(image, interpolation="bicubic")
         close.scatter(*uv.T, c=depth, s=16, edgecolors="black", linewidths=0.3, **DEPTH)
         _limit_to_box(close, box)
@@ -443,7 +464,7 @@ def _box_around(spot, height, width):
     return left, top, w, h
 
 
-def _draw_box(axis, box, number):
+def _frame_close_up(axis, box, number):
     left, top, w, h = box
     axis.add_patch(_matplotlib().patches.Rectangle((left, top), w, h, fill=False, ec="white", lw=1.5))
     style = {"color": "white", "va": "top", "fontsize": 11, "weight": "bold"}

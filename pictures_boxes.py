@@ -34,14 +34,35 @@ def draw_curves(log_path, path, title, headline):
     draw_panels(panels if log else {}, path)
 
 
-def draw_boxes(scene, boxes, scores, classes, path, title):
+def draw_mono_curves(log_path, path):
+    """The losses of monocular detection, mAP of unseen frames where it was asked more than once, and the learning rate,
+    to a PNG.
+    """
+    lines = read_log(log_path)
+    log = [line for line in lines if "lr" in line]
+    judged = [line for line in lines if "mono3d" in line]
+    names = ("classes", "offset", "depth", "size", "yaw", "direction", "centreness", "velocity", "attributes")
+    losses, scores = [], []
+    for loss in names:
+        if log and loss in log[0]:
+            losses.append(curve(log, [line[loss] for line in log], label=loss))
+    if len(judged) > 1:
+        scores.append(
+            curve(judged, [100 * line["mono3d"]["mean_ap"] for line in judged], marker="o", ms=3, label="mAP")
+        )
+    rate = [curve(log, [line["lr"][0] for line in log], label="of all but biases")]
+    panels = {"losses": losses, "unseen frames: mAP, %": scores, "learning rate": rate}
+    draw_panels(panels if log else {}, path)
+
+
+def draw_boxes(scene, boxes, scores, classes, path, title, shown=SHOWN):
     """Are the boxes right? Labelled boxes green, found ones red and dashed, on the image and seen from above.
 
-    scene: data_det3d.Scene; boxes (n, 7), scores (n,), classes (n,): of a detector. Those above a score of SHOWN are
+    scene: data_det3d.Scene; boxes (n, 7), scores (n,), classes (n,): of a detector. Those above a score of `shown` are
     drawn, with their scores. -> what was found, in words.
     """
-    shown = scores > SHOWN
-    boxes, scores, classes = boxes[shown], scores[shown], classes[shown]
+    chosen = scores > shown
+    boxes, scores, classes = boxes[chosen], scores[chosen], classes[chosen]
     known = scene.classes >= 0
     truth, truth_classes = scene.boxes[known], scene.classes[known]
     height, width = scene.image.shape[:2]
@@ -56,13 +77,15 @@ def draw_boxes(scene, boxes, scores, classes, path, title):
         _draw_box(on_image, above, scene.lidar2img, box, LABELLED, "-")
     for box, score, k in zip(boxes, scores, classes):
         said = f"{scene.names[k]} {score:.2f}"
-        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", said, rise=1.3 * (k - 1))
+        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", said, rise=1.3 * (k % 3 - 1))
 
     counts = []
     for k, name in enumerate(scene.names):
-        counts.append(f"{name} {(truth_classes == k).sum()} labelled, {(classes == k).sum()} found")
+        labelled, found = (truth_classes == k).sum(), (classes == k).sum()
+        if len(scene.names) <= 3 or labelled or found:
+            counts.append(f"{name} {labelled} labelled, {found} found")
     said = "; ".join(counts)
-    colours = f"labelled boxes green, found ones (score above {SHOWN}) red and dashed"
+    colours = f"labelled boxes green, found ones (score above {shown}) red and dashed"
     top.suptitle(f"{title}: {colours}\n{said}", fontsize=12)
     limit_to_image(on_image, height, width)
     on_image.axis("off")

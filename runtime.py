@@ -296,6 +296,15 @@ def join_processes(rank, world, backend):
         signal.signal(signal.SIGINT, waiting)
 
 
+def main_first(run, function):
+    """function() on rank 0, and when it is through on the others, which read what it has left on the disk. -> its
+    result, on every rank.
+    """
+    result = function() if run.main else None
+    run.any(False)
+    return result if run.main else function()
+
+
 def follow_main(model, run):
     """Rank 0's buffers, such as batch norm's running statistics, on every rank: what a checkpoint holds."""
     if run.world > 1:

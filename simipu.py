@@ -16,9 +16,11 @@ The paper's recipe on KITTI, on one GPU, on eight (same global batch, same negat
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         simipu.py kitti --data-root data/kitti --batch-size 64      # 4 frames on each of 16 GPUs; both nodes see out/
 
-KITTI raw drives, one or many; Waymo as data_waymo.py converts it; nuScenes' six cameras, all of it or ten scenes:
+KITTI raw drives, one or many; odometry sequences; Waymo as data_waymo.py converts it; nuScenes' six cameras, all of it
+or ten scenes:
 
     torchrun --standalone simipu.py kitti_raw --data-root data/kitti_raw
+    torchrun --standalone simipu.py kitti_odometry --data-root data/kitti_odometry
     torchrun --standalone simipu.py waymo --data-root data/waymo
     torchrun --standalone simipu.py nuscenes --data-root data/nuscenes
     torchrun --standalone simipu.py nuscenes --data-root data/nuscenes --splits mini_train --eval-splits mini_val
@@ -35,6 +37,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -51,11 +54,10 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 import data
-import data_kitti
 import data_nuscenes
+import data_sets
 import encoders
 import eval_match
-import ops_triton as ops
 import pictures
 import runtime
 import synthetic
@@ -70,13 +72,12 @@ class Config:
     """Everything a run depends on. Defaults are the paper's; where it is silent, the official release's."""
 
     # ---- data ----
-    dataset: Literal["kitti", "nuscenes"] = "kitti"
-    """Whose layout data_root is in: KITTI's, object or raw, or nuScenes'."""
     data_root: tuple[str, ...] = ("data/kitti",)
-    """Folder in that layout; several folders are pooled."""
+    """Folder of a data set, which is known by what lies in it; several folders are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. The paper pre-trains on train
-    and test, and keeps val unseen. Of nuScenes: train, val, test, mini_train, mini_val.
+    and test, and keeps val unseen. Of nuScenes: train, val, test, mini_train, mini_val. Of KITTI's odometry: train,
+    val, test, or sequences such as 04.
     """
     cameras: tuple[str, ...] = data_nuscenes.CAMERAS
     """Of nuScenes: which cameras. Each makes a frame of every sweep."""
@@ -93,7 +94,11 @@ class Config:
     eval_every: int = 0
     """Steps between judgements, each a line in log.jsonl. 0: only after the last step."""
     frame_stride: int = 1
-    """Of the raw layout: keep every n-th frame of a drive. Neighbours are near copies; 10 is good advice."""
+    """Keep every n-th frame of a raw drive or sequence, and of nuScenes' keyframes. Neighbours in a drive are near
+    copies; 10 is good advice.
+    """
+    train_frames: int = 0
+    """Train on at most so many frames, evenly spread; 0: on all."""
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
@@ -136,9 +141,17 @@ class Config:
     """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as
     many.
     """
+    point_features: tuple[Literal["reflectance", "height", "shape"], ...] = ("reflectance",)
+    """What the point encoder's first layer sees of a point, one or several. The release: reflectance. height: z, of the
+    view. shape: linearity, planarity, scattering and the normal's |z| of the nearest 16 points, the same in both views.
+    """
     use_xyz: bool = False
     """Group neighbours with their relative position as features (PointNet++), at several times the cost. The release
     does not.
+    """
+    inter_stages: tuple[Literal[1, 2, 3, 4], ...] = (4,)
+    """Stages of the image encoder whose features Eq. 7 compares, side by side: 4 is the last (stride 32), 3 the one
+    before (stride 16).
     """
     point_hidden: int = 1024
     """Width of the point projection heads."""
@@ -165,6 +178,10 @@ class Config:
     """
     drop_twins: bool = False
     """Leave out of a pair's candidates those of places at the same spot: the point encoder keeps some points twice."""
+    position_negatives: float = 0.0
+    """W: what the other images of a pass show at the same pixel are further negatives of Eq. 7, each counting W times,
+    so that knowing the position is of no use. 0 for none.
+    """
     gather_negatives: bool = False
     """Take the other ranks' features as further negatives, with their gradients."""
     # ---- optimisation ----
@@ -195,8 +212,8 @@ class Config:
     out: str = "out"
     """Folder of all runs."""
     init: str | None = None
-    """Weights the image encoder starts from: anybody's, see weights.py. ImageNet's make the paper's double
-    fine-tuning.
+    """Weights the image encoder starts from: anybody's, see weights.py, or by name: imagenet, simipu-kitti, timm:NAME,
+    see weights_named.py. ImageNet's make the paper's double fine-tuning.
     """
     init_pixels: Literal["auto", "rgb", "bgr", "rgb_mean", "bgr_mean"] = "auto"
     """Channel order of that file's pixels, and _mean if they were 0..255 less the mean, undivided. auto: the file says,
@@ -236,6 +253,13 @@ PRESETS = {
         "KITTI raw drives.",
         Config(data_root=("data/kitti_raw",), splits=(), frame_stride=10, name="kitti_raw"),
     ),
+    "kitti_odometry": (
+        "KITTI's odometry sequences, or SemanticKITTI's: every fifth frame of ten of them, judged on 08.",
+        Config(
+            name="kitti_odometry", data_root=("data/kitti_odometry",), splits=("train",), eval_splits=("val",),
+            frame_stride=5, eval_every=1000,
+        ),
+    ),
     "waymo": (
         "Waymo, converted by data_waymo.py: the paper's other recipe.",
         Config(name="waymo", data_root=("data/waymo",), splits=("train",), eval_splits=("val",), eval_every=1000),
@@ -243,7 +267,7 @@ PRESETS = {
     "nuscenes": (
         "nuScenes keyframes. A camera sees some 2500 points of its sweep: half as many places, twice as many clouds.",
         Config(
-            name="nuscenes", dataset="nuscenes", data_root=("data/nuscenes",), splits=("train",), eval_splits=("val",),
+            name="nuscenes", data_root=("data/nuscenes",), splits=("train",), eval_splits=("val",),
             num_points=2048, image_scale=(512, 288, 1600, 900), places=512, group=8,
             epochs=10, lr_decay=0.95, eval_every=1000,
         ),
@@ -253,7 +277,7 @@ PRESETS = {
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "epochs", "max_steps", "name", "out", "device", "compile", "log_every", "save_every"}
 FREE |= {"keep_every", "eval_splits", "eval_root", "eval_frames", "eval_every"}
-FREE |= {"dataset", "cameras", "version"}  # as data_root: the frames that they find must be the same
+FREE |= {"cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
 # -----------------------------------------------------------------------------
@@ -346,12 +370,15 @@ def match_in_background(alpha, beta, T, visible, method):
 # losses
 
 
-def info_nce(query, key, temperature, gather=False, report=True, spot=None, drop_twins=False):
+def info_nce(
+    query, key, temperature, gather=False, report=True, spot=None, drop_twins=False, others=None, others_weight=1.0
+):
     """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean. -> loss, stats.
 
     -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key: (n, D).
     gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
     spot (n,): rows of one number are of places that coincide, each other's twins. drop_twins: these are no candidates.
+    others (n, m, D): further negatives of each query's own, that count as others_weight candidates each.
 
     stats, {} without `report`: chance, ln(number of candidates), what random features score; top1, the share of queries
     whose own key is the one best (a tie is no success, so collapsed features score 0; but a tie with a twin is one);
@@ -359,7 +386,8 @@ def info_nce(query, key, temperature, gather=False, report=True, spot=None, drop
     deviation, 1 when they fill the sphere evenly and 0 when collapsed, and the effective rank.
     """
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=1) for t in (query, key))
+        unit = lambda t: F.normalize(encoders.full_precision(t), dim=-1)
+        q, k = unit(query), unit(key)
         own_key, n, offset, weight = k, len(q), 0, 1.0
         if gather and dist.is_initialized():
             k, counts = runtime.gather_rows(k)
@@ -372,6 +400,11 @@ def info_nce(query, key, temperature, gather=False, report=True, spot=None, drop
             twin[:, offset : offset + n] = (spot[:, None] == spot).fill_diagonal_(False)
             if drop_twins:
                 logits = logits.masked_fill(twin, -torch.inf)
+        candidates = len(k)
+        if others is not None:
+            further = (q[:, None] * unit(others)).sum(2) / temperature + math.log(others_weight)
+            logits = torch.cat([logits, further], 1)  # (n, candidates + m)
+            candidates += others_weight * others.shape[1]
         loss = weight * F.cross_entropy(logits, target)
         if not report:
             return loss, {}
@@ -381,7 +414,7 @@ def info_nce(query, key, temperature, gather=False, report=True, spot=None, drop
             if spot is not None:
                 best &= ~twin
             stats = {
-                "chance": torch.tensor(math.log(len(k))),
+                "chance": torch.tensor(math.log(candidates)),
                 "top1": (best.sum(1) == 1).float().mean(),
                 "positive": positive.mean(),
                 "negative": (cosine.sum() - positive.sum()) / max(cosine.numel() - n, 1),
@@ -390,6 +423,18 @@ def info_nce(query, key, temperature, gather=False, report=True, spot=None, drop
                 stats[name + "std"] = z.std(0).mean() * math.sqrt(z.shape[1])
                 stats[name + "rank"] = effective_rank(z)
     return loss, stats
+
+
+@contextlib.contextmanager
+def without_a_trace(head):
+    """Passes through a head, in here, leave the running statistics of its batch norms as they are."""
+    norms = [m for m in head.modules() if isinstance(m, nn.BatchNorm1d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def coinciding(places):
@@ -422,7 +467,7 @@ class SimIPU(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.pts_backbone = PointEncoder(c.places, c.use_xyz)
+        self.pts_backbone = PointEncoder(c.places, c.use_xyz, c.point_features)
         if c.intra_weight:
             self.mlp_intro_points = ProjectionHead(AGGREGATION[-1], c.point_hidden, c.embed_dim)
         else:
@@ -430,13 +475,30 @@ class SimIPU(nn.Module):
         if c.inter_weight:
             self.img_backbone = build_image_encoder(c.image_encoder)
             self.mlp_cross_points = ProjectionHead(AGGREGATION[-1], c.point_hidden, c.embed_dim)
-            self.mlp_cross_img = ProjectionHead(self.img_backbone.channels, c.image_hidden, c.embed_dim)
+            seen = encoders.width_of(self.img_backbone, c.inter_stages)
+            self.mlp_cross_img = ProjectionHead(seen, c.image_hidden, c.embed_dim)
             if c.inter_query == "image":
                 self.mlp_cross_points.requires_grad_(False)
 
     def match(self, alpha, beta, T, visible):
         """match_in_background, as the run's --matching says."""
         return match_in_background(alpha, beta, T, visible, self.c.matching)
+
+    def at_pixels(self, maps, uv):
+        """What Eq. 7 takes from the image encoder's maps at pixels uv (B, n, 2): (B, n, C), for mlp_cross_img."""
+        return encoders.sample_stages(self.img_backbone, maps, uv, self.c.inter_stages)
+
+    def at_same_pixels(self, maps, uv, rows):
+        """What the other images of a pass show where the pairs' own pixels are: (n, B - 1, embed_dim), of the n rows of
+        uv (B, P, 2) that count. In a pass of their own, so that the pairs' batch norm is what it is without.
+        """
+        found = []
+        for shift in range(1, len(uv)):
+            others = [feature_map.roll(shift, 0) for feature_map in maps]
+            found.append(self.at_pixels(others, uv).flatten(0, 1)[rows])
+        with without_a_trace(self.mlp_cross_img):
+            embedded = self.mlp_cross_img(torch.cat(found))
+        return embedded.view(len(found), len(rows), -1).transpose(0, 1)
 
     def forward(self, batch, report=True):
         c, B = self.c, len(batch["alpha"])
@@ -454,7 +516,7 @@ class SimIPU(nn.Module):
         # the image encoder runs while threads match
         if c.inter_weight:
             image = batch["image"].contiguous(memory_format=torch.channels_last)
-            feature_map = self.img_backbone(image)[-1]  # (B, C, H / 32, W / 32)
+            maps = self.img_backbone(image)  # (B, C, H / s, W / s), s = 2, 4, 8, 16, 32
 
         # places that the point encoder kept twice have twins among the candidates
         spot = coinciding(places[:B]).flatten() if report or c.drop_twins else None  # (B P,)
@@ -479,11 +541,18 @@ class SimIPU(nn.Module):
             if len(visible_rows) < 2:
                 seen = f"{len(visible_rows)} places of a forward pass lie in its images"
                 raise BadInput(f"{seen}: wrong calibration, or too much of --crop and --shift")
-            f_gamma = ops.bilinear_sample(feature_map, encoders.cells(self.img_backbone, uv))  # (B, P, C)
+            f_gamma = self.at_pixels(maps, uv)  # (B, P, C)
             f_gamma = self.mlp_cross_img(f_gamma.flatten(0, 1)[visible_rows])  # (n, 128)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
-            inter, found = compare(query, key, spot=None if spot is None else spot[visible_rows])
+            others = self.at_same_pixels(maps, uv, visible_rows) if c.position_negatives else None
+            inter, found = compare(
+                query,
+                key,
+                spot=None if spot is None else spot[visible_rows],
+                others=others,
+                others_weight=c.position_negatives,
+            )
             loss = loss + c.inter_weight * inter
             stats |= {"inter": inter.detach(), **prefixed("inter_", found), "visible": visible.float().mean()}
         if report:
@@ -516,12 +585,10 @@ def build_optimizers(model, c):
 # training
 
 
-def pool_frames(c, roots, splits, flag="--splits", named=True):
-    """Frames of the config's data set, and notes to print. Raises BadInput as the data set's own function does."""
-    if c.dataset == "nuscenes":
-        rules = c.cameras, c.version, c.frame_stride, c.skip_missing
-        return data_nuscenes.pool_frames(roots, splits, *rules, flag)
-    return data_kitti.pool_frames(roots, splits, c.frame_stride, c.skip_missing, flag, named)
+def pool_frames(c, roots, splits, flag="--splits", named=True, clouds=True):
+    """Frames as the config wants them, and notes to print. Raises BadInput as data_sets.pool_frames does."""
+    rules = c.cameras, c.version, c.frame_stride, c.skip_missing
+    return data_sets.pool_frames(roots, splits, *rules, flag, named, clouds)
 
 
 def find_frames(c, roots, splits, named=False):
@@ -529,17 +596,21 @@ def find_frames(c, roots, splits, named=False):
     return pool_frames(c, roots, splits, named=named)[0]
 
 
+def training_frames(c, run, clouds=True):
+    """Frames to train on, and notes to print, as pool_frames has them. Built-in scenes are written where they are asked
+    for.
+    """
+    synthetic.write_scenes(c, run)
+    return runtime.main_first(run, lambda: pool_frames(c, c.data_root, c.splits, clouds=clouds))
+
+
 def load_frames(c, run):
     """-> frames to train on; frames of --eval-splits, none of them trained on; notes to print, as one text, or None.
 
     Raises BadInput as pool_frames does, for held-out frames that are trained on, and for fewer than two.
     """
-    synthetic.write_scenes(c, run)
-    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
-        if run.main:
-            pool_frames(c, c.data_root, c.splits)
-        run.any(False)
-    frames, notes = pool_frames(c, c.data_root, c.splits)
+    frames, notes = training_frames(c, run)
+    frames = data.evenly_spread(frames, c.train_frames or len(frames))
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
     roots, flag = c.eval_root or c.data_root, "--eval-splits"
@@ -563,17 +634,28 @@ def check_config(c, world):
     )
     runtime.check_range(c, "point_hidden image_hidden embed_dim", 1, 1e6, "1 or more")
     runtime.check_range(c, "temperature image_lr point_lr", 1e-30, 1e30, "above 0")
-    runtime.check_range(c, "seed workers max_steps eval_every keep_every synthetic_frames", 0, 1e9, "0 or more")
-    runtime.check_range(c, "intra_weight inter_weight translation", 0, 1e6, "0 or more")
+    runtime.check_range(
+        c, "seed workers max_steps eval_every keep_every synthetic_frames train_frames", 0, 1e9, "0 or more"
+    )
+    runtime.check_range(c, "intra_weight inter_weight translation position_negatives", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "lr_decay", 1e-6, 1, "above 0, and 1 or less")
     runtime.check_range(c, "shift jitter flip", 0, 1, "from 0 to 1")
     runtime.check_range(c, "crop scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     if c.places % 2 or 4 * c.places > c.num_points:
         raise BadInput(f"--places {c.places}: must be even, and --num-points {c.num_points} at least 4 times as many")
+    for flag in ("point_features", "inter_stages"):
+        given, flag = getattr(c, flag), f"--{flag.replace('_', '-')}"
+        if not given:
+            raise BadInput(f"{flag}: nothing given")
+        if len(set(given)) < len(given):
+            raise BadInput(f"{flag} {' '.join(map(str, given))}: give each once")
     data.check_image_scale(c.image_scale)
     if not c.inter_weight and not c.intra_weight:
         raise BadInput("--inter-weight 0: with --intra-weight 0 there is nothing to learn")
+    if c.position_negatives and (c.inter_query == "image" or not c.inter_weight or split[0] < 2):
+        why = "point queries (--inter-query point, --inter-weight) and 2 frames or more in a pass (--group) are needed"
+        raise BadInput(f"--position-negatives {c.position_negatives:g}: {why}")
     if not c.inter_weight and (c.init or c.compile):
         raise BadInput("--inter-weight 0: there is no image encoder for --init or --compile")
     return split
@@ -657,6 +739,7 @@ def train(c):
             stats = loop.report(epoch, stats)
             losses = [loss for loss in ("intra", "inter") if loss in stats]
             said = [f"{loss} {stats[loss]:.2f} (chance {stats[loss + '_chance']:.2f})" for loss in losses]
+            said += [f"gain {loop.judged['gain']:.2f}"] if "gain" in (loop.judged or ()) else []
             loop.bar.set_postfix_str(", ".join(said))
         if loop.saving:
             # first: a run that is finished by its last.pt has its last backbone.pt, too

@@ -1,8 +1,11 @@
 """Weights in and out: what `simipu.py --init` and `--init-points` understand, and `eval.py export`.
 
-    python simipu.py kitti --init resnet50-imagenet.pth             # the paper's double fine-tuning
+    python simipu.py kitti --init imagenet                          # the paper's double fine-tuning
+    python simipu.py kitti --init moco_v2_800ep_pretrain.pth.tar
     python simipu.py kitti --init SimIPU_kitti_50e.pth --init-points SimIPU_kitti_50e.pth
     python eval.py export out/kitti/last.pt --format mmdet3d --out simipu.pth       # and simipu.json beside it
+
+weights_named.py has the names that stand for files, such as imagenet.
 
 Loading takes one network out of a file and says which: among all dicts of tensors in the file, and all prefixes of
 their names, the one that fits best. Among equals a known one comes first: the query encoder of MoCo and DenseCL, DINO's
@@ -31,6 +34,8 @@ import torch
 from torch import nn
 
 import data
+import encoders
+import weights_named
 from files import BadInput, read_any, read_checkpoint, save_atomically, writing
 
 # of equals the first is taken: OpenSelfSup's MoCo and DenseCL; MoCo; mmdet3d; mmdet, DINO; plain; then all others
@@ -68,8 +73,9 @@ def load_image_encoder(encoder, path, pixels="auto"):
     """Load anybody's weights of the same network into `encoder`, so that it makes of pixels normalised as here what it
     made of theirs.
 
-    encoder: encoders.ResNet, or a timm network with its own names. path: the file. pixels: a key of PIXELS, how the
-    file's pixels were normalised where it does not say; "auto" for the release's by their names, and else as here.
+    encoder: encoders.ResNet, or a timm network with its own names. path: the file, or a name of weights_named.py.
+    pixels: a key of PIXELS, how the file's pixels were normalised where it does not say; "auto" for the release's by
+    their names, and else as here.
     -> lines for the user: what was taken from where, what was ignored, and what the pixels were, said, converted or
     assumed. Raises BadInput, one line, for a file that is unreadable, holds less than 90 % of the parameters, other
     shapes, a deeper network or values that are not finite; and for pixels that cannot be converted (another mean) or
@@ -77,7 +83,12 @@ def load_image_encoder(encoder, path, pixels="auto"):
 
     Key names: facebookresearch/moco and dino, WXinlong/DenseCL, and zhyever/SimIPU (`Inter_Intro_moco_better`).
     """
+    found = weights_named.find(path, encoder.arch)
+    path = found.path
     contents, left_out = read_any(path)
+    if isinstance(contents, dict):
+        contents = weights_named.as_features(contents, encoder.state_dict()) if found.of_timm else contents
+        contents = contents | found.pixels
     network = _choose(encoder, path, contents, left_out, IMAGE_BRANCHES)
     _refuse_misfits(path, network, "the image encoder of --image-encoder")
     weights = _sound_weights(path, network)
@@ -98,9 +109,10 @@ def load_point_encoder(encoder, path):
     subtracted from the running mean, which is exact. -> lines for the user. Raises BadInput as `load_image_encoder`
     does.
     """
+    path = weights_named.find(path, "resnet50", "--init-points").path
     contents, left_out = read_any(path)
     network = _choose(encoder, path, contents, left_out, POINT_BRANCHES)
-    _refuse_misfits(path, network, "a point encoder of the same --use-xyz")
+    _refuse_misfits(path, network, "a point encoder of the same --use-xyz and --point-features")
     encoder.load_state_dict(_sound_weights(path, network), strict=False)
     return "\n  ".join(_summary(path, network))
 
@@ -437,7 +449,7 @@ def _stated(path, contents):
     metas = [meta for meta in metas if isinstance(meta, dict)]
     for said in (contents, *metas):
         if {"mean", "std", "channels"} <= said.keys():
-            return _understood(path, said["channels"], said["mean"], said["std"], 1, "the file says")
+            return _understood(path, said["channels"], said["mean"], said["std"], 1, said.get("by", "the file says"))
     for meta in metas:
         found = re.search(r"img_norm_cfg\s*=\s*dict\((.*?)\)", str(meta.get("config", "")), re.DOTALL)
         if found:
@@ -649,8 +661,10 @@ def _meta(checkpoint, run, format, with_points):
         of_255 = {key: [round(255 * value, 3) for value in run.about[key]] for key in ("mean", "std")}
         meta["img_norm_cfg"] = {**of_255, "to_rgb": run.about["channels"] == "RGB"}
     if with_points:
+        features = run.config.get("point_features", ["reflectance"])
+        channels = [channel for name in features for channel in encoders.POINT_FEATURES[name]]
         places = run.config["places"]
-        meta["points"] = {"arch": "PointNet2SAMSG", "input": ["x", "y", "z", "reflectance"], "places": places}
+        meta["points"] = {"arch": "PointNet2SAMSG", "input": ["x", "y", "z", *channels], "places": places}
     return meta
 
 

@@ -1,8 +1,10 @@
 """A table of variants: its figures are those of the runs, runs are not mixed, and what cannot work is said first."""
 
+import dataclasses
 import json
 
 import pytest
+from PIL import Image
 from test_loop import SMALL
 
 import ablate
@@ -25,7 +27,7 @@ def test_ablation_table(run_here, scenes, tmp_path):
     assert status == 0, err
     rows = rows_of(out)
     assert [row[0] for row in rows] == ["random", "SimIPU"]
-    mean, low, high = (float(x) for x in rows[1][1].replace("(", "").replace(")", "").split() if x != "to")
+    mean, low, high = (float(x) for x in rows[1][2].replace("(", "").replace(")", "").split() if x != "to")
     folders = [tmp_path / "out" / "t" / "SimIPU" / str(seed) for seed in (0, 1)]
     ranks = [log_of(folder)[-1]["match"]["right_rank"] for folder in folders]
     assert mean == pytest.approx(sum(ranks) / 2, abs=0.051)
@@ -35,6 +37,25 @@ def test_ablation_table(run_here, scenes, tmp_path):
     assert (folders[0] / "log.jsonl").stat().st_mtime == before
     status, _, err = run_here(ablate, "--seeds", 0, *arguments, "--image-lr", 0.01)
     assert status == 1 and "image_lr=0.001, not 0.01; give another --name" in err
+
+
+def test_more_frames(run_here, scenes, tmp_path):
+    """A run for each number of frames, on that many, and a curve; depth from each, beside a start that needs none."""
+    arguments = ["--name", "t", "--only", "SimIPU", "--data-root", scenes, *SMALL, "--max-steps", 1, "--workers", 0]
+    curve = ["--frames", 4, 6, "--curve", tmp_path / "gain.png"]
+    status, out, err = run_here(ablate, "--seeds", 0, *arguments, *curve)
+    assert status == 0 and "wrote" in out, err
+    assert [row[0].split(" `")[0] for row in rows_of(out)] == ["random", "SimIPU, 4 frames", "SimIPU, 6 frames"]
+    for count in (4, 6):
+        assert log_of(tmp_path / "out" / "t" / f"SimIPU_{count}_frames" / "0")[0]["data"]["frames"] == count
+    assert Image.open(tmp_path / "gain.png").width == 660
+    options = ablate.Options(task="depth", labels=(1.0,), inits=("none", "{frames}/{seed}.pt"), frames=(4, 6))
+    variants = ablate.variants_of(options)
+    assert variants["none, 1 of labels"] == "--init none --labels 1"
+    assert variants["4/{seed}.pt, 1 of labels"] == "--init '4/{seed}.pt' --labels 1" and len(variants) == 3
+    found = {(name, seed): {"eigen": {"abs_rel": 0.2}} for name in variants for seed in options.seeds}
+    ablate.draw_curve(dataclasses.replace(options, curve=tmp_path / "depth.png"), found, ablate.TASKS["depth"])
+    assert (tmp_path / "depth.png").exists()
 
 
 def test_wrong_argument_by_subprocess(run_script):
@@ -69,6 +90,9 @@ def test_ablation_of_depth(run_here, scenes, tmp_path):
         ("--seeds", "--seeds: nothing given"),
         ("--seeds 0 0", "out/ablation/SimIPU/0: 2 runs would be made there"),
         ("--eval-splits", "--eval-splits: an ablation needs frames to judge on"),
+        ("--only SimIPU --frames 99", "--frames 99: there are 6"),
+        ("--curve x.png", "--curve: give --frames"),
+        ("--task depth --frames 4", "--frames: no {frames} in --inits"),
         ("--max-steps 1", "--max-steps 1: too few for groups of 8"),  # 0 would be as many as --epochs has
     ],
 )
@@ -120,4 +144,4 @@ def test_row():
     """mean (smallest to largest), a dash where no run has the figure."""
     found = [{"intra_rank": 1.0, "intra_top1": 0.5}, {"intra_rank": 2.0, "intra_top1": 0.25}]
     row = ablate.row("x", found, ablate.TASKS["match"])
-    assert row == "| x | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"
+    assert row == "| x | – | – | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"

@@ -9,11 +9,14 @@ import statistics
 import pytest
 import torch
 from conftest import needs_gpu
+from test_finetune_det3d import C as SMALL_DETECTOR
 
 import bench as benchmark
 import bench_measure
+import bench_ops
 import bench_peers
 import encoders
+import finetune_det3d
 
 SMALL = "--samples 2 --repeats 2 --threads 1"
 SIZES = "--num-points 1024 --places 32 --image-encoder resnet18 --image-scale 160 64"
@@ -30,17 +33,30 @@ PEERS = {
     "set abstraction 3": ["grouped"],
     "all three": ["grouped"],
     "assignment": ["serial scipy"],
+    "sparse tables": ["search per cell"],
+    "sparse encoder": ["dense tables"],
+    "forward, with tables": ["dense tables", *(["spconv"] if bench_peers.spconv else [])],
+    "rotated overlap": ["polygon clipping"],
+    "NMS": ["greedy", "greedy, polygons"],
 }
-SAVING = [op for op in PEERS if op.startswith(("gather", "bilinear", "set abstraction", "all three"))]
+SAVING = [op for op in PEERS if op.startswith(("gather", "bilinear", "set abstraction", "all three", "sparse encoder"))]
+ONLY_CPU = {"scipy k-d tree", "spconv"}
 ON_GPU = pytest.param("cuda", marks=needs_gpu)
 
 
-def bench(run_script, tmp_path, scenes, command, device, flags):
-    """-> standard output, lines of the JSON."""
-    shared = ["--device", device, "--data-root", scenes, "--json", "rows.jsonl"]
-    done = run_script("bench.py", command, *shared, *flags.split())
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+@pytest.fixture
+def bench(run_here, tmp_path, scenes, monkeypatch):
+    """bench(command, device, flags) -> standard output, lines of the JSON. Few boxes, and a small detector."""
+    monkeypatch.setattr(bench_ops, "BOXES", 100)
+    monkeypatch.setitem(finetune_det3d.PRESETS, "demo", ("small", SMALL_DETECTOR))
+
+    def run(command, device, flags):
+        shared = ["--device", device, "--data-root", scenes, "--json", "rows.jsonl"]
+        status, said, error = run_here(benchmark, command, *shared, *flags.split())
+        assert status == 0, error
+        return said, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+    return run
 
 
 def check(row):
@@ -59,14 +75,15 @@ def sums_of_runs(rows, key="runs"):
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
-def test_ops(run_script, tmp_path, scenes, device):
-    out, (machine, *rows) = bench(run_script, tmp_path, scenes, "ops", device, f"{SMALL} {SIZES}")
+def test_ops(bench, device):
+    out, (machine, *rows) = bench("ops", device, f"{SMALL} {SIZES} --preset demo")
     assert "1024 points, 32 places, resnet18, images 160 x 64" in out and "torch" in machine["machine"]
     peers = {}
     for row in rows:
         check(row)
         peers.setdefault(row["op"], []).append(row["peer"])
-    assert peers == {op: names if device == "cpu" else names[:1] for op, names in PEERS.items()}
+    there = lambda names: [name for name in names if device == "cpu" or name not in ONLY_CPU]
+    assert peers == {op: there(names) for op, names in PEERS.items()}
 
     printed = [line.strip("|").split("|") for line in out.splitlines() if line.startswith("| ")]
     printed = [[cell.strip() for cell in line] for line in printed[1:]]
@@ -75,7 +92,8 @@ def test_ops(run_script, tmp_path, scenes, device):
 
     by_op = {row["op"]: row for row in rows}
     if device == "cpu":
-        assert all(by_op[op]["error"] == 0 for op in PEERS if op.startswith(("farthest points", "ball", "gather")))
+        exact = ("farthest points", "ball", "gather", "sparse tables")
+        assert all(by_op[op]["error"] == 0 for op in PEERS if op.startswith(exact))
     for op, row in by_op.items():  # the memory of one side of a row, unlike its time, is the same on every machine
         if op in SAVING:
             assert row["peer_saved_mb"] > row["ours_saved_mb"] > 0
@@ -89,8 +107,8 @@ def test_ops(run_script, tmp_path, scenes, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
-def test_step(run_script, tmp_path, scenes, device):
-    out, (_, *rows) = bench(run_script, tmp_path, scenes, "step", device, f"{SMALL} {SIZES} --preset demo")
+def test_step(bench, device):
+    out, (_, *rows) = bench("step", device, f"{SMALL} {SIZES} --preset demo")
     stages = {row["stage"]: row for row in rows if "stage" in row}
     inside = ["point encoder", "matching, not hidden", "image encoder", "heads, losses"]
     parts = ["waiting for data", "augment", *inside, "backward", "optimizers"]
@@ -130,9 +148,8 @@ def test_step(run_script, tmp_path, scenes, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
-def test_depth_step(run_script, tmp_path, scenes, device):
-    flags = f"{SMALL} --task depth --preset demo --workers 0"
-    _, (_, *rows) = bench(run_script, tmp_path, scenes, "step", device, flags)
+def test_depth_step(bench, device):
+    _, (_, *rows) = bench("step", device, f"{SMALL} --task depth --preset demo --workers 0")
     stages = {row["stage"]: row for row in rows if "stage" in row}
     parts = ["waiting for data", "augment", "encoder", "decoder", "loss", "backward", "optimizers"]
     assert list(stages) == [*parts, "all", "decoding, one worker"]
@@ -141,6 +158,32 @@ def test_depth_step(run_script, tmp_path, scenes, device):
     assert pair["ours_saved_mb"] == pytest.approx(stages["all"]["saved_mb"]) and stages["decoder"]["saved_mb"] > 0
     speed = rows[-1]["images_per_s"]
     assert speed["ours"] == pytest.approx(2e3 / pair["ours_ms"]) and "the toolbox's way" in speed
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_detection_step(bench, device):
+    out, (machine, *rows) = bench("step", device, f"{SMALL} --task det3d --preset demo --workers 0 --busy")
+    assert machine["busy"] and ("of computing time" in out) == (device == "cpu")
+    stages = {row["stage"]: row for row in rows if "stage" in row}
+    prepares = ["waiting for data", "augment", "images", "sparse tables"]
+    forward = ["image encoder, pyramid", "points, voxels", "fusion", "fusion's sampling", "sparse encoder"]
+    forward += ["BEV blocks, head", "targets", "losses"]
+    assert list(stages) == [*prepares, *forward, "backward", "optimizers", "all", "decoding, one worker"]
+    assert all(row["ms"] > 0 for row in stages.values())
+    assert {stage for stage, row in stages.items() if row["saved_mb"]} == {*forward, "all"} - {"targets"}
+    whole, parts = stages["all"], [*prepares, *forward, "backward", "optimizers"]
+    assert sums_of_runs([stages[part] for part in parts]) == whole["runs"]
+
+    step, selection = (row for row in rows if "op" in row)
+    check(step)
+    check(selection)
+    assert (step["op"], step["peer"]) == ("step", "the usual")
+    assert (selection["op"], selection["peer"]) == ("decoding, NMS", "greedy, polygons")
+    assert step["error"] < 1e-3 and step["ours_saved_mb"] < step["peer_saved_mb"]
+    assert step["ours_saved_mb"] == pytest.approx(whole["saved_mb"])
+    per_gb = whole["of_roofline"] * whole["ms"] / whole["moved_gb"]
+    moved = whole["moved_gb"] - sum(stages[stage]["moved_gb"] for stage in prepares)
+    assert rows[-1]["of_roofline"] == pytest.approx(moved * per_gb / step["ours_ms"])
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -152,7 +195,7 @@ def test_the_sum_of_set_abstractions_needs_all_of_them(monkeypatch, fits):
         monkeypatch.setattr(bench_peers.Grouped, "forward", too_large)
     meter, xyz = bench_measure.Meter(torch.device("cpu"), repeats=1), torch.rand(2, 64, 3)
     modules = [encoders.SetAbstraction(2, (0.2, 0.4, 0.8), (4, 4, 4), ((8,), (8,), (8,)), False) for _ in range(2)]
-    benchmark.bench_set_abstractions(meter, modules, [(xyz, torch.rand(2, 64, 2), xyz[:, :16])] * 2)
+    bench_ops.bench_set_abstractions(meter, modules, [(xyz, torch.rand(2, 64, 2), xyz[:, :16])] * 2)
     rows = ["set abstraction 1", "set abstraction 2", "all three"] if fits else []
     assert [line["op"] for line in meter.lines] == rows
 
@@ -160,7 +203,8 @@ def test_the_sum_of_set_abstractions_needs_all_of_them(monkeypatch, fits):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("step --task depth --places 0", "--num-points, --places, --image-scale: of --task pretrain alone"),
+        ("step --task depth --places 0", "--num-points, --places, --image-scale: not of --task depth"),
+        ("step --task det3d --places 0", "--num-points, --places: not of --task det3d"),
         ("ops --data-root nowhere", "nowhere: no such folder"),
         ("ops --samples 99", "--samples 99: more than the 6 frames found"),
         ("ops --repeats -1", "--repeats -1: cannot be negative"),

@@ -97,9 +97,9 @@ def test_stages_nest_and_add_up(meter, monkeypatch):
             return lambda: "found"
 
     now = iter(range(100))
-    monkeypatch.setattr(measure, "stamp", lambda cuda: float(next(now)))
-    model, timeline = Model(), measure.Timeline(meter.cuda)
-    with timeline.watch({"encoder": (model, "encode"), "matching": (model, "wait")}):
+    monkeypatch.setattr(measure, "stamp", lambda clock: float(next(now)))
+    model, timeline = Model(), measure.Timeline(meter.clock)
+    with timeline.watch({"encoder": [(model, "encode")], "matching": [(model, "wait")]}):
         timeline.enter("rest")
         assert model.encode() == "found"
         timeline.enter("end")

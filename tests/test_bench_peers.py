@@ -8,6 +8,7 @@ import torch
 
 import bench_peers as peers
 import data
+import ops_boxes
 import simipu
 
 
@@ -25,3 +26,32 @@ def test_padding():
     ratio = sum(pixels(boxes) for boxes in draws) / sum(pixels(boxes[:1] * 3) for boxes in draws)
     assert peers.padding(sizes, c) == pytest.approx(ratio, rel=1e-3) and ratio > 1.2
     assert peers.padding(sizes, simipu.PRESETS["demo"][1]) == peers.padding(sizes[:1], c) == 1
+
+
+def test_polygons():
+    """Contained, half shifted, crossed, apart; and an odd angle, against the closed form. Coinciding edges are none."""
+    box = lambda x, y, length, width, yaw: torch.tensor([x, y, 0.0, length, width, 1.0, yaw])
+    a = box(50.0, -20.0, 4.0, 2.0, 0.3)
+    pairs = [
+        (box(50.1, -20.1, 2.0, 1.0, 0.5), 2 / 8),
+        (box(50.0, -20.0, 2.0, 4.0, 0.3), 4 / 12),
+        (box(50.0, -10.0, 4.0, 2.0, 0.3), 0.0),
+    ]
+    found = peers.polygon_iou(a, torch.stack([b for b, _ in pairs]))
+    assert found.tolist() == pytest.approx([iou for _, iou in pairs], abs=1e-5)
+    odd = box(51.0, -19.5, 3.0, 2.5, 2.1)
+    assert peers.polygon_iou(a, odd).item() == pytest.approx(ops_boxes.bev_iou(a, odd).item(), abs=1e-5)
+
+
+def test_greedy_suppression_is_ours():
+    """Of one set, and of classes that share boxes; a score of -inf is no box."""
+    torch.manual_seed(0)
+    boxes = torch.cat([6 * torch.rand(2, 1, 30, 2), torch.rand(2, 1, 30, 5) + 0.5], 3)
+    boxes = torch.cat([boxes[..., :2], boxes[..., :1] * 0, boxes[..., 2:6]], 3)  # x, y, z, sizes, yaw
+    scores = torch.rand(2, 3, 30)
+    scores[:, 1, :10] = -torch.inf
+    ours = ops_boxes.nms(boxes, scores, 0.1)
+    assert 0 < ours.float().mean() < 0.9
+    for nms in (peers.greedy_nms, peers.polygon_nms):
+        assert torch.equal(nms(boxes, scores, 0.1), ours)
+        assert torch.equal(nms(boxes[1, 0], scores[1, 2], 0.1), ours[1, 2])

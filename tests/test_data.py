@@ -302,6 +302,59 @@ def test_kitti_raw_reads_the_same_calibration_as_kitti_object(kitti):
 
 
 # -----------------------------------------------------------------------------
+# local shape
+
+
+def shape_of(xyz):
+    return data.local_shape(np.float32(xyz), np.arange(len(xyz)))
+
+
+def test_shapes_that_are_known():
+    """A road, a wall, a pole, a bush, and 20 points on one spot; the three shares add up to 1."""
+    rng = np.random.default_rng(0)
+    x, y, z = rng.uniform(-1, 1, (3, 400))
+    flat = np.zeros(400)
+    road, wall, pole = (shape_of(np.stack(xyz, 1)) for xyz in ((x, y, flat), (flat, y, z), (flat, flat, z)))
+    bush = shape_of(np.stack([x, y, z], 1))
+    assert road[:, 1].mean() > 0.4 and road[:, 2].max() < 1e-6 and road[:, 3].min() > 0.999
+    assert wall[:, 1].mean() > 0.4 and wall[:, 2].max() < 1e-6 and wall[:, 3].max() < 1e-3
+    np.testing.assert_allclose(pole[:, :3], [[1, 0, 0]] * 400, atol=1e-6)
+    assert 0.25 < bush[:, 2].mean() < 0.6 and 0.3 < bush[:, 3].mean() < 0.7
+    for shape in (road, wall, pole, bush):
+        np.testing.assert_allclose(shape[:, :3].sum(1), 1, atol=1e-5)
+        assert shape.dtype == np.float32 and shape.min() >= 0 and shape.max() <= 1
+    assert not shape_of(np.ones((20, 3))).any()
+
+
+def test_views_do_not_change_shapes():
+    rng = np.random.default_rng(1)
+    xyz = rng.normal(size=(300, 3)) * [20, 20, 1]
+    for flip in (False, True):
+        T = data.random_view(rng, (35.2, 0, -1), 90, (0.75, 1.25), np.ones(3), flip)
+        np.testing.assert_allclose(shape_of(xyz @ T[:3, :3].T + T[:3, 3]), shape_of(xyz), atol=1e-3)
+
+
+def test_loaded_points_have_their_shape(scenes):
+    """Among all points in view, not those that are drawn; both views of a point have the same. Points, draws and all
+    else are those of a run without.
+    """
+    frames = data_kitti.find_frames(scenes)
+    with_shape = Config(num_points=500, point_features=("reflectance", "shape"))
+    plain, shaped = (data.PretrainFrames(frames, c) for c in (Config(num_points=500), with_shape))
+    sample, bare = shaped[(0, 0)], plain[(0, 0)]
+    assert sample["points"].shape == (500, 8) and np.array_equal(sample["points"][:, :4], bare["points"])
+    every = data.load_frame(frames[0], 10**5, np.random.default_rng(0))["points"]  # drawn twice, all are in it
+    cloud = np.unique(every, axis=0)[:, :3]
+    for point in sample["points"][:5]:
+        nearest = cloud[np.linalg.norm(cloud - point[:3], axis=1).argsort()[:16]]
+        l3, l2, l1 = np.linalg.eigvalsh(np.cov(nearest.T.astype(float), bias=True))
+        np.testing.assert_allclose(point[4:7], [(l1 - l2) / l1, (l2 - l3) / l1, l3 / l1], atol=1e-4)
+    view = data.augment(data.collate([sample]), (160, 64), "cpu")
+    shuffle = torch.from_numpy(sample["shuffle"])
+    assert torch.equal(view["beta"][0, :, 4:], view["alpha"][0, shuffle, 4:])
+
+
+# -----------------------------------------------------------------------------
 # files of other kinds than KITTI's: read as what they are, or refused in one line that names them
 
 
@@ -403,7 +456,7 @@ def test_clouds_that_are_no_files(tmp_path):
     assert refusal(data.read_cloud, tmp_path) == "a folder, where a file is wanted"
 
 
-def test_twins_are_told_by_their_image(tmp_path):
+def test_repeated_frames_are_told_by_their_image(tmp_path):
     """R8: through links to files and folders, and by any spelling of the path. Another image of that name is none."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -412,7 +465,7 @@ def test_twins_are_told_by_their_image(tmp_path):
     (tmp_path / "c").symlink_to(tmp_path / "a")
     paths = [tmp_path / name for name in ("a/0.png", "b/0.png", "c/0.png", "b/../a/0.png", "a/1.png", "a/0.png")]
     frames = [data.Frame(str(i), path, path, (), data_kitti.RIG) for i, path in enumerate(paths)]
-    kept, twins = data.without_twins(frames)
-    assert [f.name for f in kept] == ["0", "1"] and [f.name for f in twins] == ["2", "3", "4", "5"]
-    assert data.note_twins([], "--splits train") == []
-    assert "4 frames that are listed twice, 2 among them" in data.note_twins(twins, "--splits train")[0]
+    kept, repeats = data.without_repeats(frames)
+    assert [f.name for f in kept] == ["0", "1"] and [f.name for f in repeats] == ["2", "3", "4", "5"]
+    assert data.note_repeats([], "--splits train") == []
+    assert "4 frames that are listed twice, 2 among them" in data.note_repeats(repeats, "--splits train")[0]

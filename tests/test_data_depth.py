@@ -181,8 +181,8 @@ def test_sweeps_are_ground_truth_in_metres(tmp_path):
     """One pixel a point, up to 255 m; what 16 bits cannot hold is unknown, not wrong."""
     points = [(10, 1, 0), (10, -1, 0), (200, 20, -10), (255.9, 100, 0), (300, -300, 0), (-10, 0, 0)]
     root = kitti_frame(tmp_path, points)
-    pairs, _ = find_pairs("kitti_lidar", [root], splits=("train",))
-    _, out = load(DepthFrames(pairs, Config(**STILL, dataset="kitti_lidar")), [(0, 0)], SCALE["kitti_lidar"])
+    pairs, _ = find_pairs("lidar", [root], splits=("train",))
+    _, out = load(DepthFrames(pairs, Config(**STILL, dataset="lidar")), [(0, 0)], SCALE["lidar"])
     depth = out["depth"][0].numpy()
     v, u = np.nonzero(depth)
     assert list(zip(u.tolist(), v.tolist())) == [(561, 150), (590, 150), (610, 150), (590, 155)]
@@ -244,7 +244,7 @@ def test_sweep_at_the_border():
 
 def test_sweeps_agree_with_the_scenes_depth(scenes):
     """Two sensors' views of one geometry, by two roads through the calibration."""
-    sparse, _ = find_pairs("kitti_lidar", [scenes], splits=("trainval",))
+    sparse, _ = find_pairs("lidar", [scenes], splits=("trainval",))
     dense, _ = find_pairs("scenes", [scenes], splits=("trainval",))
     assert [p.image for p in sparse] == [p.image for p in dense] and len(dense) == 8
     for a, b in zip(sparse[:4], dense[:4]):
@@ -258,8 +258,8 @@ def test_sweeps_agree_with_the_scenes_depth(scenes):
 
 def test_real_sweeps(kitti):
     """Thousands of pixels of KITTI's crop, at distances of a street, further up the further away."""
-    pairs, _ = find_pairs("kitti_lidar", [kitti], splits=("val",))
-    dataset = DepthFrames(pairs, Config(dataset="kitti_lidar"))
+    pairs, _ = find_pairs("lidar", [kitti], splits=("val",))
+    dataset = DepthFrames(pairs, Config(dataset="lidar"))
     for i in range(len(pairs)):
         depth = dataset.decoded(i)["depth"].view(np.uint16) / 256
         known = depth > 0
@@ -279,7 +279,7 @@ def test_real_sweeps(kitti):
 )
 def test_kitti_crop(width, height, left, top):
     for training in (True, False):
-        for dataset in ("kitti", "kitti_lidar"):
+        for dataset in ("kitti", "lidar"):
             rows, columns = data_depth.without_border(dataset, height, width, training)
             assert np.arange(height)[rows].tolist() == list(range(top, height)) and len(range(top, height)) == 352
             assert np.arange(width)[columns].tolist() == list(range(left, left + 1216))
@@ -625,7 +625,7 @@ def test_pairs_that_are_listed_twice_count_twice_and_are_noted(tmp_path):
 
 
 def test_sweeps_are_taken_once(scenes):
-    pairs, (note,) = find_pairs("kitti_lidar", [scenes, scenes], splits=("val",))
+    pairs, (note,) = find_pairs("lidar", [scenes, scenes], splits=("val",))
     assert len(pairs) == 2 and "2 frames that are listed twice" in note
 
 
@@ -647,10 +647,10 @@ def test_files_that_are_there_but_are_none(tmp_path):
 
 def test_sweeps_of_every_layout(scenes, raw_drive):
     for root, splits, count in ((scenes, ("val",), 2), (raw_drive, (), 4)):
-        pairs, notes = find_pairs("kitti_lidar", [root], splits=splits)
+        pairs, notes = find_pairs("lidar", [root], splits=splits)
         assert len(pairs) == count and notes == [] and all(p.depth.suffix == ".bin" and p.frame for p in pairs)
-    assert len(find_pairs("kitti_lidar", [raw_drive], frame_stride=2)[0]) == 2
-    assert len(find_pairs("kitti_lidar", [scenes, raw_drive], splits=("val",))[0]) == 6
+    assert len(find_pairs("lidar", [raw_drive], frame_stride=2)[0]) == 2
+    assert len(find_pairs("lidar", [scenes, raw_drive], splits=("val",))[0]) == 6
 
 
 def test_scenes_need_their_depth(scenes, tmp_path):
@@ -658,7 +658,7 @@ def test_scenes_need_their_depth(scenes, tmp_path):
     shutil.copytree(scenes, root)
     lost = find_pairs("scenes", [root], splits=("val",))[0][1].depth
     lost.unlink()
-    with pytest.raises(BadInput, match=f"{lost}: missing; .*kitti_lidar"):
+    with pytest.raises(BadInput, match=f"{lost}: missing; .*lidar"):
         find_pairs("scenes", [root], splits=("val",))
 
 
@@ -710,13 +710,13 @@ def test_sizes_that_do_not_fit(tmp_path):
 
 def test_broken_sweeps(tmp_path):
     root = kitti_frame(tmp_path, [(10, 0, 0)])
-    (pair,), _ = find_pairs("kitti_lidar", [root], splits=("train",))
+    (pair,), _ = find_pairs("lidar", [root], splits=("train",))
     small = kitti_frame(tmp_path / "small", [(10, 0, 0)], width=416, height=128)
-    other = find_pairs("kitti_lidar", [small], splits=("train",))[0][0]
+    other = find_pairs("lidar", [small], splits=("train",))[0][0]
     assert f"{small}/training/image_2/000000.png: a map of 128 x 416" in one_line("kitti", other)
-    whole = DepthFrames([other], Config(dataset="kitti_lidar")).decoded(0)["image"]  # of other people's sensors
+    whole = DepthFrames([other], Config(dataset="lidar")).decoded(0)["image"]  # of other people's sensors
     assert whole.shape == (128, 416, 3)
     pair.depth.write_bytes(b"12345")
-    assert one_line("kitti_lidar", pair).startswith(f"{pair.depth}: truncated")
+    assert one_line("lidar", pair).startswith(f"{pair.depth}: truncated")
     pair.image.write_text("I am no image")
-    assert one_line("kitti_lidar", pair).startswith(f"{pair.image}: not a readable image")
+    assert one_line("lidar", pair).startswith(f"{pair.image}: not a readable image")

@@ -446,6 +446,123 @@ def test_the_preset_of_raw_drives_takes_them_all(two_drives):
 
 
 # -----------------------------------------------------------------------------
+# odometry sequences
+
+# Tr of sequence 03 as KITTI's odometry archive has it; the sequence is of a drive of 2011_09_26
+TR_03 = """2.347736981471e-04 -9.999441545438e-01 -1.056347781105e-02 -2.796816941295e-03 1.044940741659e-02
+    1.056535364138e-02 -9.998895741176e-01 -7.510879138296e-02 9.999453885620e-01 1.243653783865e-04 1.045130299567e-02
+    -2.721327964059e-01"""
+
+
+def write_sequence(root, number, frames):
+    """A sequence of the images and clouds of raw frames. Its calibration says the same in odometry's words."""
+    folder = root / "sequences" / number
+    for part in ("image_2", "velodyne"):
+        (folder / part).mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        shutil.copy(frame.image, folder / "image_2" / f"{i:06d}{frame.image.suffix}")
+        shutil.copy(frame.cloud, folder / "velodyne" / f"{i:06d}.bin")
+    cameras, velodyne = (data_kitti._read_calib(path) for path in frames[0].calib)
+    rotation, translation = (np.array(velodyne[k].split(), float).reshape(3, -1) for k in ("R", "T"))
+    rectified = np.array(cameras["R_rect_00"].split(), float).reshape(3, 3)
+    tr = rectified @ np.hstack([rotation, translation])
+    (folder / "calib.txt").write_text(f"P2: {cameras['P_rect_02']}\nTr: {' '.join(map(str, tr.ravel().tolist()))}\n")
+    return folder
+
+
+@pytest.fixture
+def odometry(raw_drive, tmp_path):
+    """Sequences 04 and 08, of four frames each."""
+    root = tmp_path / "odometry"
+    for number in ("04", "08"):
+        write_sequence(root, number, data_kitti.find_frames(raw_drive))
+    return root
+
+
+def test_sequences_are_projected_as_their_raw_drive(odometry, raw_drive):
+    frames, raw = data_kitti.find_frames(odometry, ["04"]), data_kitti.find_frames(raw_drive)
+    assert [f.name for f in frames] == [f"04/{i:06d}" for i in range(4)] and len(raw) == 4
+    for frame, same in zip(frames, raw):
+        np.testing.assert_allclose(frame.lidar2img(), same.lidar2img(), rtol=1e-12)
+        assert np.array_equal(frame.read_image(), same.read_image())
+        assert np.array_equal(frame.read_points(), same.read_points())
+
+
+def test_published_calibrations_agree(kitti, tmp_path):
+    """Of a real day: that of its raw drives, and that of the sequence which was cut from one of them."""
+    raw = data_kitti.find_frames(kitti / "raw")[0]
+    p2 = data_kitti._read_calib(raw.calib[0])["P_rect_02"]
+    (tmp_path / "calib.txt").write_text(f"P2: {p2}\nTr: {' '.join(TR_03.split())}\n")
+    expected = raw.lidar2img()
+    np.testing.assert_allclose(data_kitti.read_odometry_calib(tmp_path / "calib.txt"), expected, atol=1e-8)
+
+
+def test_splits_are_sequences(odometry, raw_drive, tmp_path):
+    of = lambda splits, **more: sorted({f.name[:2] for f in data_kitti.find_frames(odometry, splits, **more)})
+    assert of(["val"]) == ["08"] and of(["04", "08", "val"]) == of(()) == ["04", "08"]
+    assert of(["train"], skip_missing=True) == ["04"]
+    assert len(data_kitti.find_frames(odometry, ["08"], frame_stride=3)) == 2
+    drives = {"2011_09_30_drive_0016_sync", "2011_09_30_drive_0028_sync"}  # by the names that raw drives have
+    assert {f.drive for f in data_kitti.find_frames(odometry)} == drives
+    every = [number for numbers in data_kitti.SEQUENCES.values() for number in numbers]
+    assert sorted(every) == [f"{i:02d}" for i in range(22)]
+    (tmp_path / "dataset").symlink_to(odometry)  # as KITTI's archives unpack
+    assert len(data_kitti.find_frames(tmp_path, ["val"])) == 4
+    frames, notes = data_kitti.pool_frames([odometry, raw_drive], ["val"])
+    taken = f"note: {raw_drive}: all of its drives are taken, for it has no lists of them in ImageSets/"
+    assert len(frames) == 8 and notes == [taken]
+
+
+def without_tr(folder):
+    lines = (folder / "calib.txt").read_text().splitlines()
+    (folder / "calib.txt").write_text(lines[0])
+    return f"{folder}/calib.txt: no Tr in it"
+
+
+def without_calib(folder):
+    (folder / "calib.txt").unlink()
+    return f"{folder}/calib.txt: missing (of frame 04/000000"
+
+
+def without_cloud(folder):
+    (folder / "velodyne" / "000001.bin").unlink()
+    return f"{folder}/velodyne/000001.bin: missing (of frame 04/000001; --skip-missing"
+
+
+def without_clouds(folder):
+    shutil.rmtree(folder / "velodyne")
+    return f"{folder}/velodyne: no .bin in it, but there are 4 images"
+
+
+def without_sequence(folder):
+    shutil.rmtree(folder)
+    return f"{folder}: missing (--splits 04 asks for it; --skip-missing"
+
+
+def without_sequences(folder):
+    shutil.rmtree(folder.parent)
+    folder.parent.mkdir()
+    return f"{folder.parent}: no sequence in it"
+
+
+HARMS = [without_tr, without_calib, without_cloud, without_clouds, without_sequence, without_sequences]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_broken_sequence_is_one_line(odometry, harm):
+    expected = harm(odometry / "sequences" / "04")
+    data_kitti.read_odometry_calib.cache_clear()
+    with pytest.raises(BadInput) as error:
+        data_kitti.find_frames(odometry, ["04"])[0].lidar2img()
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+
+
+def test_a_split_that_no_sequence_is_of(odometry):
+    with pytest.raises(BadInput, match="^--splits vall: of .* it must be train, val, test, or a sequence such as 04"):
+        data_kitti.find_frames(odometry, ["vall"])
+
+
+# -----------------------------------------------------------------------------
 # another car's sensors
 
 

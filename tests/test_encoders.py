@@ -200,6 +200,18 @@ def test_encoder_follows_the_table(traced):
     assert with_xyz.SA_modules[0].mlps[0].layer0.conv.weight.shape == (32, 4, 1, 1)
 
 
+def test_point_features_are_what_the_first_layer_sees():
+    points = torch.rand(2, 64, 8)
+    sees = lambda *names: encoders.PointEncoder(4, point_features=names)
+    assert torch.equal(sees("reflectance").seen_of(points), points[..., 3:4])
+    both = sees("shape", "height")
+    assert torch.equal(both.seen_of(points), torch.cat([points[..., 4:], 0.3 * points[..., 2:3]], -1))
+    assert both.SA_modules[0].mlps[0].layer0.conv.weight.shape == (32, 5, 1, 1)
+    assert not any(sa.grouped for sa in both.SA_modules)  # once per point, as with reflectance
+    places, features = both(points)
+    assert places.shape == (2, 4, 3) and features.shape == (2, 4, 1024)
+
+
 def test_places_are_points_of_the_cloud(traced):
     _, _, places, _ = traced
     xyz = cloud(2, 1024, spread=40)[..., :3]

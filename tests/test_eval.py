@@ -1,6 +1,7 @@
 """The commands as a user gives them: match, probe and show of a run, depth where that is not finetune_depth's test."""
 
 import inspect
+import json
 import re
 import signal
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data_nuscenes import write_root
 from test_eval_match import TINY
 
 import data
@@ -126,20 +128,39 @@ def test_other_numbers_that_cannot_be(run_here, stand_ins, arguments):
 
 def test_match_command(run_script, run_here, runs, scenes, tmp_path):
     true, wrong = runs
-    done = run_script("eval.py", "match", true, "--control", wrong)
+    done = run_script("eval.py", "match", true, "--control", wrong, "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "matching on 2 frames" in lines[0]
-    assert [line.split()[0] for line in lines[2:]] == ["random", "wrong", "true"]
+    assert [line.split()[0] for line in lines[3:]] == ["random", "wrong", "true"]
     model, c, _ = evaluate.load_run(true)
     expected = eval_match.match(model, data_kitti.find_frames(scenes, ["val"]), c, "cpu")
     assert f"{expected['right_rank']:.1f} %" in lines[-1] and f"{expected['wrong_rank']:.1f} %" in lines[-1]
+    assert lines[-1].split()[1] == f"{expected['gain']:.2f}"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["random", "wrong pairs", "true"] and figures["true"] == expected
     status, out, _ = run_here(evaluate, "match", true, "--splits", "trainval")
     assert status == 0 and "note: true was trained on 6 of these 8 frames: its figures will flatter" in out
     again = true.parent / ".." / "true" / "last.pt"
     status, out, _ = run_here(evaluate, "match", true, again, "--control", wrong, "--splits", "train")
     assert status == 0 and "note: wrong pairs was trained on 6 of these 6 frames" in out
-    assert len(out.splitlines()) == 3 + 2 + 4  # notes, titles, rows
+    assert len(out.splitlines()) == 3 + 3 + 4  # notes, titles, rows
+
+
+def test_a_run_is_judged_on_another_data_set(run_here, runs, tmp_path):
+    """Seen by what lies in the folder; the run is of KITTI's layout."""
+    root = write_root(tmp_path / "nuscenes", {"scene-0061": 1, "scene-0103": 1})
+    where = ["--data-root", root, "--splits", "mini_train", "mini_val"]
+    status, out, err = run_here(evaluate, "match", runs[0], *where, "--frames", 4)
+    assert status == 0 and "matching on 4 frames" in out and "flatter" not in out, err
+    status, out, err = run_here(evaluate, "probe", runs[0], *where, "--frames", 3, "--points", 50)
+    assert status == 0 and "fitted and scored on 3 frames" in out, err
+    status, out, err = run_here(evaluate, "show", runs[0], "--data-root", root, "--split", "mini_val", "--frame", 2)
+    assert status == 0 and "CAM_BACK_RIGHT" in out, err
+    status, out, err = run_here(evaluate, "match", runs[0], "--data-root", root)  # the run's val is another version's
+    assert (
+        status == 1 and err == f"error: {root}: no folder v1.0-trainval, of which --splits val is; there is v1.0-mini\n"
+    )
 
 
 def test_notes_of_match():

@@ -65,16 +65,77 @@ def test_recalibrated_statistics_are_an_average():
 # matching
 
 
-def test_ranks_by_hand():
+def test_ranks_and_cross_entropy_by_hand():
     """Unit vectors at angles, query at 0: a key's cosine falls with its angle."""
     at = lambda *degrees: torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
     query, key = at(0, 0, 0, 0), 3 * at(10, 50, 30, 30)
-    beaten_by, best, excess = eval_match.ranks(query, key, 0.5)
+    (beaten_by, best), entropy = eval_match.answers(query, key)
     # equals share a rank: 30 degrees is beaten by 10, and half by its equal
     np.testing.assert_allclose(beaten_by, [0, 100, 50, 50], atol=1e-4)
     assert best.tolist() == [1, 0, 0, 0]
-    logits = torch.cos(torch.deg2rad(torch.tensor([10.0, 50, 30, 30]))) / 0.5
-    np.testing.assert_allclose(excess, -torch.log_softmax(logits, 0) - math.log(4), atol=1e-5)
+    assert entropy[0].item() == pytest.approx(4 * math.log(4))
+    cosines = torch.cos(torch.deg2rad(torch.tensor([10.0, 50, 30, 30])))
+    by_hand = [-torch.log_softmax(sharpness * cosines, 0).sum() for sharpness in eval_match.SHARPNESS]
+    np.testing.assert_allclose(entropy, by_hand, rtol=1e-5)
+
+
+def test_twins_are_asked_once():
+    places = torch.tensor([[3.0, 0, 0], [1, 0, 0], [3, 0, 0], [1, 0, 5], [1, 0, 0]])
+    assert eval_match.distinct(places).tolist() == [0, 1, 3]
+
+
+def frame_of(right, wrong):
+    """A frame as `match_frame` gives it, of cosines (n, n) that are made up, all of its places at one pixel."""
+    n = len(right)
+    found = {"position": eval_match.Positions(torch.zeros(n, 3).double(), torch.ones(n, 15).double())}
+    for which, cosine in (("right", right), ("wrong", wrong)):
+        found[which] = eval_match.Answers(eval_match.ranks(cosine), eval_match.entropy_sums(cosine))
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.05])
+def test_gain_of_a_known_network(scale):
+    """Sure of one in four, three times of four rightly: at the best temperature its shares are 3/4 and thrice 1/12,
+    whatever its cosines are multiplied by. With another's image it knows nothing.
+    """
+    sure = torch.eye(4)[[0, 1, 2, 0]] * scale
+    figures = eval_match.match_figures({i: frame_of(sure, torch.zeros(4, 4)) for i in range(5)})
+    entropy = -0.75 * math.log(3 / 4) - 0.25 * math.log(1 / 12)
+    assert figures["chance"] == pytest.approx(math.log(4), abs=1e-4)
+    assert figures["right_excess"] == pytest.approx(entropy - math.log(4), abs=2e-3)
+    assert figures["gain"] == pytest.approx(math.log(4) - entropy, abs=2e-3)
+    assert figures["gain_interval"] == [figures["gain"]] * 2 and figures["wrong_excess"] == 0  # frames are all alike
+    assert figures["position_excess"] == pytest.approx(0, abs=1e-4)  # all pixels at one spot
+    sums = figures["per_frame"]
+    again = (np.sum(sums["wrong"]) - np.sum(sums["right"])) / np.sum(sums["places"])
+    assert figures["gain"] == pytest.approx(again, abs=1e-4)
+
+
+def test_a_frame_is_read_with_the_temperature_of_the_others():
+    """Frame 0 is sure and right, frame 1 sure and wrong. The temperature that 1 asks for, none, is given to 0."""
+    right, wrong = torch.eye(2), torch.eye(2).flip(0)
+    found = {0: frame_of(right, right), 1: frame_of(wrong, wrong)}
+    sums = eval_match.match_figures(found)["per_frame"]
+    assert sums["right"][0] == pytest.approx(2 * math.log(2), abs=1e-4)
+    assert sums["right"][1] > 20
+
+
+def test_position_that_the_points_tell():
+    """Where point features tell the fifth of the image, candidates are about as many as places in it. Features that
+    tell nothing are no help, however many they are.
+    """
+    rng = torch.Generator().manual_seed(0)
+    told, untold = [], []
+    for _ in range(6):
+        uv = torch.rand(150, 2, generator=rng) * torch.tensor([600.0, 200.0])
+        noise = torch.randn(150, 16, generator=rng).double()
+        constant, column = torch.ones(150, 1).double(), torch.nn.functional.one_hot(uv[:, 0].long() // 120, 5) * 4.0
+        where = eval_match.positions(uv, 600, 200, 4)
+        told.append(eval_match.Positions(torch.cat([constant, column], 1), where))
+        untold.append(eval_match.Positions(torch.cat([constant, noise], 1), where))
+    excess = lambda frames: eval_match.tempered([eval_match.position_entropies(frames)])[0].sum() / 900 - math.log(150)
+    assert -math.log(5) - 0.05 < excess(told) < -0.8
+    assert excess(untold) == pytest.approx(0, abs=0.02)
 
 
 def key(image):
@@ -84,7 +145,7 @@ def key(image):
 
 class Seer(torch.nn.Module):
     """A network whose answers are known. Points and pixels give their position in the image, and with `sees` also which
-    frame they are of.
+    frame they are of; without, each image adds noise of its own.
     """
 
     def __init__(self, c, sees):
@@ -98,6 +159,9 @@ class Seer(torch.nn.Module):
         v, u = torch.meshgrid(torch.arange(0, image.shape[2], 4), torch.arange(0, image.shape[3], 4), indexing="ij")
         uv = torch.stack([u, v], -1)
         answers = torch.stack([self.answer(uv, self.frames[key(x)]) for x in image])
+        if not self.sees:
+            noise = [torch.Generator().manual_seed(self.frames[key(x)]) for x in image]
+            answers += 0.3 * torch.stack([torch.randn(answers.shape[1:], generator=g) for g in noise])
         return [answers.permute(0, 3, 1, 2).contiguous()]
 
     def answer(self, uv, frame):
@@ -133,11 +197,16 @@ def test_only_what_is_seen_in_the_image_makes_a_gap(frames, monkeypatch, sees):
     monkeypatch.setattr(eval_match.Unseen, "batch", batch)
     monkeypatch.setattr(eval_match, "recalibrated", lambda model, inputs, *a: (list(inputs), model)[1])
     found = eval_match.match(seer, frames, c, "cpu")
-    assert found["right_rank"] < 2 and found["right_excess"] < -0.3 and found["frames"] == len(frames)
-    if sees:
-        assert found["wrong_rank"] > 15 and found["gap"] > 15 and found["gap_interval"][0] > 5
+    low, high = found["gain_interval"]
+    assert found["right_excess"] < -0.3 and found["frames"] == len(frames)
+    if sees:  # points of another frame say another position
+        assert found["position_excess"] > -0.1 and found["right_rank"] < 2
+        assert found["wrong_rank"] > 15 and found["gap"] > 15
+        assert 0.3 < low < found["gain"] < high
+        assert found == eval_match.match(seer, frames, replace(c, temperature=1.0), "cpu")
     else:
-        assert found["wrong_rank"] < 3 and abs(found["gap"]) < 1
+        assert low < 0 < high and abs(found["gain"]) < 0.1 and found["position_excess"] < -0.3
+        assert found["right_rank"] < 10 and abs(found["gap"]) < 5
 
 
 def test_matching_of_a_random_network_is_chance_and_always_the_same(frames):
@@ -146,7 +215,7 @@ def test_matching_of_a_random_network_is_chance_and_always_the_same(frames):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = eval_match.match(model, frames, TINY, "cpu")
     assert found == eval_match.match(model, frames, TINY, "cpu")
-    assert 30 < found["right_rank"] < 70 and abs(found["gap"]) < 20
+    assert 30 < found["right_rank"] < 70 and abs(found["gap"]) < 20 and abs(found["gain"]) < 0.2
     low, high = found["gap_interval"]
     assert low <= found["gap"] <= high
     assert found["intra_rank"] < 35  # reflectance alone tells something across views
@@ -166,13 +235,17 @@ def test_a_branch_that_is_not_there_has_no_figures(frames):
 def test_figures_are_over_places():
     """Three frames of one, two and three places: medians and means by hand; figures have four digits."""
     beaten = {0: [10.0], 1: [20.0, 40.0], 2: [0.0, 30.0, 50.0]}
-    frame = lambda values: torch.tensor([values, [1.0] * len(values), [-1 / 3] * len(values)])
-    wrong = lambda values: frame([x + 5 for x in values])
-    found = {i: {"right": frame(values), "wrong": wrong(values)} for i, values in beaten.items()}
+    found = {}
+    for i, values in beaten.items():
+        found[i] = frame_of(torch.eye(len(values)), torch.zeros(len(values), len(values)))
+        for which, more in (("right", 0), ("wrong", 5)):
+            ranks = torch.tensor([[x + more for x in values], [1.0] * len(values)])
+            found[i][which] = found[i][which]._replace(ranks=ranks)
     figures = eval_match.match_figures(found)
     assert figures["right_rank"] == 20 and figures["wrong_rank"] == 25  # torch's median is the lower of the middle two
     assert figures["gap"] == 5 and figures["gap_interval"] == [5, 5]
-    assert figures["right_top1"] == 1 and figures["right_excess"] == -0.3333
+    chance = (2 * math.log(2) + 3 * math.log(3)) / 6
+    assert figures["right_top1"] == 1 and figures["chance"] == round(chance, 4) == -figures["right_excess"]
 
 
 # -----------------------------------------------------------------------------

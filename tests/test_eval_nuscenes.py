@@ -367,6 +367,20 @@ def test_a_network_s_boxes_come_back_as_they_were(made_up, truth, tmp_path):  # 
         assert max(figures["label_tp_errors"][name].values()) < 1e-6
 
 
+def test_nothing_found(truth, tmp_path):
+    """Empty lists are results: AP 0, errors 1. And figures of what labels know alone have no NDS."""
+    nothing = {"meta": {"use_camera": True}, "results": {token: [] for token in truth.tokens}}
+    (tmp_path / "a.json").write_text(json.dumps(nothing))
+    found = eval_nuscenes.read_results(tmp_path / "a.json", truth)
+    eval_nuscenes.write_results(tmp_path / "b.json", found, truth)
+    assert json.loads((tmp_path / "b.json").read_text())["results"] == nothing["results"]
+    figures = evaluate(found, truth)
+    assert figures["mean_ap"] == 0 and figures["nd_score"] == 0
+    few = evaluate(found, truth, ("car", "bicycle"), ("trans_err",))
+    assert few["tp_errors"] == {"trans_err": 1} and list(few["label_aps"]) == ["car", "bicycle"]
+    assert "nd_score" not in few and "NDS" not in eval_nuscenes.table(few, truth)[0]
+
+
 @pytest.fixture
 def good(truth):
     """A results file's contents, one box a sample."""

@@ -192,7 +192,7 @@ def test_on_other_data(trained, run_here, scenes):
     assert status == 0, err
     assert f"note: {last} was trained on 6 of these 6 images: its figures will flatter" in dense
     assert "crop none" in dense
-    on_sweeps = ["--preset", "kitti_lidar", "--data-root", scenes, "--splits", "train"]
+    on_sweeps = ["--preset", "lidar", "--data-root", scenes, "--splits", "train"]
     status, sweeps, err = run_here(evaluate, "depth", last, *on_sweeps)
     assert status == 0, err
     assert "crop garg" in sweeps
@@ -508,15 +508,15 @@ def test_overfits_eight_frames_from_scratch(run_here, scenes, tmp_path):
 # real frames
 
 
-def test_kitti_lidar(run_here, kitti, tmp_path):
+def test_lidar(run_here, kitti, tmp_path):
     root = kitti.resolve()
     arguments = ["--image-encoder", "resnet18", *SMALL, "--max-steps", 2, "--data-root", root]
-    status, said, err = run_here(finetune_depth, "kitti_lidar", *arguments)
+    status, said, err = run_here(finetune_depth, "lidar", *arguments)
     assert status == 0, err
     assert "22 pairs, 8 held out" in said
     assert "depth on 8 images" in said
     assert "crop garg" in said
-    out = tmp_path / "out" / "depth_kitti_lidar"
+    out = tmp_path / "out" / "depth_lidar"
     log = steps_of(out)
     assert [line["step"] for line in log] == [1, 2, 2]
     for line in log[:2]:
@@ -530,11 +530,11 @@ def test_kitti_lidar(run_here, kitti, tmp_path):
     maps = tmp_path / "maps"
     status, _, err = run_here(evaluate, "depth", out / "last.pt", "--frames", 1, "--save", maps)
     assert status == 0, err
-    pairs, *_ = data_depth.find_pairs("kitti_lidar", [root], "", ["val"])
+    pairs, *_ = data_depth.find_pairs("lidar", [root], "", ["val"])
     file = maps / (pairs[0].name.replace("/", "_") + ".png")
     with Image.open(file) as image:
         depth = np.asarray(image)
-    of_maps = ["depth", maps, "--preset", "kitti_lidar", "--data-root", root, "--frames", 1]
+    of_maps = ["depth", maps, "--preset", "lidar", "--data-root", root, "--frames", 1]
     assert run_here(evaluate, *of_maps)[0] == 0
     Image.fromarray(depth[:-1]).save(file)
     status, said, err = run_here(evaluate, *of_maps, "--save", tmp_path / "never")
@@ -554,8 +554,8 @@ def test_kitti_lidar(run_here, kitti, tmp_path):
 WRONG = {  # the preset and its flags, and what is said about them
     "no split file": ("kitti --splits nowhere.txt", "nowhere.txt: not a readable split file"),
     "no split": ("demo --splits nowhere", "nowhere.txt: missing"),
-    "no labels": ("demo --labels 0", "--labels 0.0: must be above 0"),
-    "too many labels": ("demo --labels 2", "--labels 2.0: must be from 0 to 1"),
+    "no labels": ("demo --labels 0", "--labels 0.0: must be above 0, and 1 or less"),
+    "too many labels": ("demo --labels 2", "--labels 2.0: must be above 0, and 1 or less"),
     "few labels": ("demo --labels 0.1", "--batch-size 2: the 1 pairs found are too few"),
     "depths": ("demo --min-depth 80", "--min-depth 80.0: must be below --max-depth 80"),
     "width": ("demo --decoder-width 40", "--decoder-width 40: must be a multiple of 16"),
@@ -594,7 +594,7 @@ def test_wrong_predictions_are_one_line(run_here, scenes, tmp_path):
     maps.mkdir()
     start = ["depth", maps, "--data-root", scenes]
     status, _, err = run_here(evaluate, *start)
-    wanted = "--preset must say of what: demo, kitti, nyu, kitti_lidar"
+    wanted = "--preset must say of what: demo, kitti, nyu, lidar"
     assert status == 1
     assert err == f"error: {maps}: a folder of predictions; {wanted}\n"
     start += ["--preset", "demo", "--save", tmp_path / "new"]

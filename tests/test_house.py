@@ -19,7 +19,9 @@ PAGES = {str(p.relative_to(REPO)): p.read_text() for p in sorted([*REPO.glob("*.
 
 SCRIPTS = {"simipu", "moco", "finetune_depth", "finetune_det3d", "finetune_mono3d", "data_check"}
 SCRIPTS |= {"eval", "ablate", "bench"}
-MAY_IMPORT = {name: SCRIPTS for name in ("eval", "ablate", "bench")}  # by file; all others, no script
+MAY_IMPORT = {
+    name: SCRIPTS for name in ("eval", "ablate", "bench", "bench_ops", "bench_step")
+}  # by file; all others, no script
 MAY_IMPORT |= {"moco": {"simipu"}}  # networks are in encoders.py, for all others
 ALSO_A_COMMAND = {"synthetic", "data_waymo"}  # can be started, but is there to be imported
 

@@ -61,8 +61,9 @@ def test_curves(tmp_path):
     """A panel for each kind of figure that the log has; a run whose log was deleted has none."""
     keys = ("", "_chance", "_top1", "_positive", "_negative")
     log = [{"step": i, "lr": [1.0], **{f"intra{key}": i / 9 for key in keys}} for i in range(1, 4)]
-    judged = [{"step": i, "match": {"gap": 1.0, "right_rank": 5.0, "wrong_rank": 9.0}} for i in (2, 3)]
-    for lines, panels in ((log, 3), (log + judged[:1], 3), (log + judged, 4)):
+    figures = {"gain": 1.0, "gain_interval": [0.5, 1.5], "right_rank": 5.0, "wrong_rank": 9.0}
+    judged = [{"step": i, "match": figures} for i in (2, 3)]
+    for lines, panels in ((log, 3), (log + judged[:1], 3), (log + judged, 5)):
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         pictures.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
         assert Image.open(tmp_path / "curves.png").width == 110 * (1 + 4 * panels)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_gpu
+from test_data_kitti import write_sequence
 from test_loop import MINI, SMALL, figures, read_log
 
+import data_kitti
 import simipu
 
 
@@ -198,6 +200,14 @@ def test_kitti_mini(run_script, kitti, tmp_path):
     assert log[0]["intra_chance"] == log[0]["inter_chance"] == pytest.approx(np.log(2 * 1024), abs=1e-3)
     assert all(line["visible"] == 1 and line["match_m"] < 1 for line in log)
     assert all(line["intra"] < line["intra_chance"] for line in log)  # reflectance alone tells something
+
+
+def test_kitti_odometry(run_script, raw_drive, tmp_path):
+    root = write_sequence(tmp_path, "04", data_kitti.find_frames(raw_drive)).parents[1]
+    arguments = [*MINI, "--max-steps", 2, "--image-encoder", "resnet18", "--frame-stride", 1, "--splits", "04"]
+    done = run_script("simipu.py", "kitti_odometry", "--data-root", root, *arguments)
+    assert done.returncode == 0 and "kitti_odometry: 4 frames" in done.stdout, done.stderr
+    assert len(read_log(tmp_path / "out" / "kitti_odometry")) == 2
 
 
 def test_kitti_raw(run_script, kitti, tmp_path):

@@ -344,6 +344,10 @@ def test_points_refuse_what_does_not_fit(tmp_path):
     words = r"xyz.pth: .* is \(32, 4, 1, 1\), not \(32, 1, 1, 1\).*--use-xyz"
     with pytest.raises(BadInput, match=words):  # though 90 % of the parameters fit
         weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "xyz.pth")
+    with pytest.raises(BadInput, match="--point-features"):  # where another 0.3 z is wanted
+        wanted = encoders.PointEncoder(16, point_features=("reflectance", "height"))
+        torch.save({"state_dict": named(encoders.PointEncoder(16), "pts_backbone.")}, tmp_path / "release.pth")
+        weights.load_point_encoder(wanted, tmp_path / "release.pth")
     torch.save(named(network()), tmp_path / "image.pth")
     with pytest.raises(BadInput, match="0% of the parameters"):
         weights.load_point_encoder(encoders.PointEncoder(16), tmp_path / "image.pth")
@@ -445,6 +449,17 @@ def test_export(finished, tmp_path, depth):
     assert "0 missing" in weights.load_image_encoder(encoder, folder / "last.pt")
     assert "0 missing" in weights.load_point_encoder(points, folder / "last.pt")
     assert_same_weights(encoder, model.img_backbone)
+    assert_same_weights(points, model.pts_backbone)
+
+
+def test_exported_points_say_what_they_see(finished, tmp_path):
+    folder, model = finished(point_features=("height", "shape"))
+    weights.export(folder / "last.pt", format="points", out=tmp_path / "points.pth")
+    meta = json.loads((tmp_path / "points.json").read_text())
+    shape = ["linearity", "planarity", "scattering", "|normal z|"]
+    assert meta["points"]["input"] == ["x", "y", "z", "0.3 z", *shape]
+    points = encoders.PointEncoder(16, point_features=("height", "shape"))
+    assert "100% of the parameters" in weights.load_point_encoder(points, tmp_path / "points.pth")
     assert_same_weights(points, model.pts_backbone)
 
 
