@@ -339,6 +339,8 @@ def ablate(options, flags, base):
         raise BadInput("--seed: give --seeds")
     if not base.max_steps:
         raise BadInput("--max-steps 0: an ablation needs the same number of steps for all")
+    if getattr(base, "protocol", "kitti") == "waymo":
+        raise BadInput("--protocol waymo: the table is of KITTI's figures")
     where = runtime.start_run(base.device)
     if base.data_root != task.script.PRESETS[options.preset][1].data_root:  # no scenes in place of data that are amiss
         flags = overridden(flags, ["--synthetic-frames", "0"])

@@ -230,8 +230,7 @@ def bench_boxes(meter, points):
     centres = points[:: max(1, len(points) // BOXES)][:BOXES, :3]
     generator = torch.Generator().manual_seed(0)
     yaws, scores = torch.rand(2, len(centres), generator=generator).to(points.device)
-    anchors = [finetune_det3d.ANCHORS[name][0] for name in data_det3d.CLASSES]
-    sizes = [(length, width, height) for width, length, height, _ in anchors]
+    sizes = [(anchor.length, anchor.width, anchor.height) for anchor in data_det3d.KITTI.anchors.values()]
     sizes = points.new_tensor(sizes)[torch.arange(len(centres), device=points.device) % len(sizes)]
     boxes = torch.cat([centres, sizes, 2 * math.pi * yaws[:, None]], 1)
 
@@ -240,7 +239,7 @@ def bench_boxes(meter, points):
     ours, usual = overlaps(ops_boxes.bev_iou), overlaps(peers.polygon_iou)
     meter.compare("rotated overlap", shape, ours, {"polygon clipping": usual}, peers.norms_differ, 1e-4)
 
-    suppressed = lambda nms: lambda dtype: [nms(boxes, scores, finetune_det3d.NMS_OVERLAP)]
+    suppressed = lambda nms: lambda dtype: [nms(boxes, scores, data_det3d.KITTI.nms_overlap)]
     usual = {"greedy": suppressed(peers.greedy_nms), "greedy, polygons": suppressed(peers.polygon_nms)}
     shape = f"{len(boxes)} boxes"
     # 1e-3: an overlap may be the threshold to the last bit

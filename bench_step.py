@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import anchors
 import bench_peers as peers
 import data
 import finetune_depth
@@ -277,8 +278,8 @@ def bench_depth(meter, work, run):
 
 def bench_detection(meter, work, run):
     model, c, batch, tail = work.model, work.c, work.batch, "losses"
-    voxels, anchors = len(batch["levels"][0].keys), model.anchors[..., 0].numel()
-    print(f"{len(batch['points'])} points, {voxels} voxels, {anchors} anchors a frame")
+    voxels, boxes = len(batch["levels"][0].keys), model.anchors[..., 0].numel()
+    print(f"{len(batch['points'])} points, {voxels} voxels, {boxes} anchors a frame")
     meter.weights += peers.rows_of_tables(batch["levels"])
     step = frozen_step(meter, model, finetune_det3d.build_optimizers(model, c), tail, c.clip)
     points = model.pts_voxel_encoder
@@ -314,15 +315,15 @@ def bench_selection(meter, model, batch):
     noise = lambda x: torch.randn(x.shape, generator=generator, device=x.device)
     with torch.no_grad():
         answers = [x + spread * noise(x) for x, spread in zip(model.answers(batch), (1.0, 0.1, 1.0))]
-    anchors = model.anchors.flatten(0, 3)
+    boxes = model.anchors.flatten(0, 3)
 
     def ours(dtype):
-        with torch.no_grad(), patch.object(finetune_det3d, "MIN_SCORE", 0.0):
-            return finetune_det3d.select(*answers, anchors)
+        with torch.no_grad(), patch.object(anchors, "MIN_SCORE", 0.0):
+            return anchors.select(*answers, boxes, model.protocol)
 
     def usual(dtype):
         with patch.object(ops_boxes, "nms", peers.polygon_nms):
             return ours(dtype)
 
-    shape = f"{len(answers[0])} x {len(anchors)} anchors"
+    shape = f"{len(answers[0])} x {len(boxes)} anchors"
     meter.compare("decoding, NMS", shape, ours, {"greedy, polygons": usual}, peers.norms_differ, 1e-5)

@@ -112,8 +112,9 @@ class Frame:
     def read_image(self):
         return read_image(self.image)
 
-    def read_points(self):
-        return read_cloud(self.cloud, self.rig.columns)
+    def read_points(self, columns=4):
+        """float32 (N, columns): the first so many numbers of each point."""
+        return read_cloud(self.cloud, self.rig.columns, kept=columns)
 
 
 def without_repeats(frames):
@@ -215,10 +216,10 @@ def read_image(path):
         return np.asarray(image.convert("RGB"))
 
 
-def read_cloud(path, columns=4, full_scale=1.0):
-    """float32 (N, 4): x, y, z in metres, reflectance in [0, 1]. columns: float32 numbers of a point in the file.
+def read_cloud(path, columns=4, full_scale=1.0, kept=4):
+    """float32 (N, kept): x, y, z in metres, reflectance in [0, 1]. columns: float32 numbers of a point in the file.
 
-    full_scale: what the file has for a reflectance of 1.
+    full_scale: what the file has for a reflectance of 1. kept: how many of a point's numbers are wanted, the first.
     Raises BadInput for a file that cannot be that, and says what it looks like instead.
     """
     try:
@@ -227,7 +228,7 @@ def read_cloud(path, columns=4, full_scale=1.0):
         raise BadInput(f"{path}: {why_unread(path, e)}") from None
     if raw.size % (4 * columns) or not raw.size:
         raise truncated(path, raw.size, columns)
-    points = np.ascontiguousarray(raw.view(np.float32).reshape(-1, columns)[:, :4])
+    points = np.ascontiguousarray(raw.view(np.float32).reshape(-1, columns)[:, :kept])
     bad = (~np.isfinite(points)).any(1).sum()
     if bad:
         raise BadInput(f"{path}: {bad} of {len(points)} points are NaN or infinite{hint(raw, columns)}")

@@ -24,9 +24,11 @@ import data_kitti
 import ops_boxes
 import ops_sparse
 import runtime
+from anchors import PROTOCOLS
 from files import BadInput, writing
 
-CLASSES = ("Pedestrian", "Cyclist", "Car")  # in the release's order, which is that of its anchors
+KITTI = PROTOCOLS["kitti"]
+CLASSES = KITTI.classes  # the only ones that are pasted
 PASTED = {"Car": 12, "Pedestrian": 6, "Cyclist": 6}  # at most in a frame after pasting; in this order (release)
 LEAST_POINTS = {"Car": 5, "Pedestrian": 10, "Cyclist": 10}  # of an object that is pasted (release)
 OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # the share of a patch that any other object may have too; drawn per class (release)
@@ -40,13 +42,17 @@ BEAMS = np.r_[np.linspace(-24.8, -8.83, 32), np.linspace(-8.33, 2, 32)]  # degre
 
 
 class Layout:
-    """Where voxels and the cells of the head are, metres in the LiDAR's frame. c: finetune_det3d.Config.
+    """Where voxels and the cells of the head are, metres in the LiDAR's frame; what a point has and an object may be.
+
+    c: finetune_det3d.Config.
 
     Raises ValueError where the range is too small for the encoder's strides.
     """
 
     def __init__(self, c):
         self.range, self.voxel = c.point_range, c.voxel
+        self.protocol = PROTOCOLS[c.protocol]
+        self.columns = 4 + c.elongation  # numbers of a point
         cells = [round((high - low) / size) for low, high, size in zip(self.range, self.range[3:], self.voxel)]
         self.grid = ops_sparse.Grid((cells[2] + 1, cells[1], cells[0]))  # one more above, as in the release
         half = functools.partial(ops_sparse.Window, (3, 3, 3), (2, 2, 2))
@@ -70,25 +76,34 @@ class Scene:
     """
 
     image: np.ndarray  # (H, W, 3) uint8
-    points: np.ndarray  # (N, 4) float32, in the camera's view
+    points: np.ndarray  # (N, 4) float32, or (N, 5) with elongation; of KITTI, those in the camera's view
     lidar2img: np.ndarray  # (3, 4) float64
     boxes: np.ndarray  # (n, 7) float64
-    classes: np.ndarray  # (n,) index into CLASSES, -1 for everything else: Van, Truck, ...
+    classes: np.ndarray  # (n,) index into names, -1 for everything else: Van, Truck, ...
     rects: np.ndarray  # (n, 4) float64
+    names: tuple = CLASSES
 
 
-def read_scene(frame, keep_rows=1):
-    """A labelled frame -> Scene. keep_rows: only every n-th row of the LiDAR. Raises BadInput, which names the file."""
-    image, points, lidar2img = frame.read_image(), frame.read_points(), frame.lidar2img()
-    uv, depth = data.project(points.astype(np.float64), lidar2img)
-    points = points[data.inside_image(uv, depth, image.shape[1], image.shape[0])]
+def read_scene(frame, keep_rows=1, protocol=KITTI, columns=4):
+    """A frame, with its labels but for those of testing/ -> Scene.
+
+    keep_rows: only every n-th row of the LiDAR. columns: numbers of a point.
+    Raises BadInput, which names the file.
+    """
+    image, points, lidar2img = frame.read_image(), frame.read_points(columns), frame.lidar2img()
+    if protocol.in_view:
+        uv, depth = data.project(points.astype(np.float64), lidar2img)
+        points = points[data.inside_image(uv, depth, image.shape[1], image.shape[0])]
     if keep_rows > 1:
         points = points[lidar_rows(points) % keep_rows == 0]
-    types, numbers = data_kitti.read_labels(frame.label)
+    types, numbers = np.zeros(0, "U1"), np.zeros((0, 14))
+    if not frame.name.startswith("testing/"):  # whose labels nobody has
+        types, numbers = data_kitti.read_labels(frame.label)
     _, velo2cam = data_kitti.split_projection(frame)
     boxes = ops_boxes.label_to_box(numbers[:, 7:14], velo2cam)
-    classes = np.array([CLASSES.index(t) if t in CLASSES else -1 for t in types], np.int64)
-    return Scene(image, points, lidar2img, boxes, classes, numbers[:, 3:7])
+    names = protocol.classes
+    classes = np.array([names.index(t) if t in names else -1 for t in types], np.int64)
+    return Scene(image, points, lidar2img, boxes, classes, numbers[:, 3:7], names)
 
 
 def lidar_rows(points):
@@ -380,7 +395,7 @@ class DetectionFrames(torch.utils.data.Dataset):
         c = self.c
         rng = np.random.default_rng([data.SAMPLE, c.seed, epoch, index])
         try:
-            scene = read_scene(self.frames[index], c.keep_rows)
+            scene = read_scene(self.frames[index], c.keep_rows, self.layout.protocol, self.layout.columns)
         except BadInput as e:
             return e
         flip, T = False, np.eye(4)
@@ -404,7 +419,7 @@ class DetectionFrames(torch.utils.data.Dataset):
 def move(scene, T, layout):
     """A scene seen through the similarity T (4, 4): points and boxes moved, and cut to the range; lidar2img holds T^-1.
 
-    -> dict(image, lidar2img (3, 4) float64, points (n, 4) float32, boxes (m, 7) float32, classes (m,) int64).
+    -> dict(image, lidar2img (3, 4) float64, points (n, columns) float32, boxes (m, 7) float32, classes (m,) int64).
     """
     xyz = scene.points[:, :3] @ T[:3, :3].T + T[:3, 3]
     low, high = np.array(layout.range[:3]), np.array(layout.range[3:])
@@ -432,9 +447,9 @@ def voxels(points, layout):
 def collate(layout, samples):
     """Samples to one batch. -> as data.collate, and
 
-    points (N, 4), all frames' end to end; frame (N,), which each is of; slot (N,): its place among B x L, L the most
-    points of a frame, `longest`; rows (N,), its voxel; keys: of every stage; boxes (B, M, 7), classes (B, M), -1 where
-    there is no box.
+    points (N, columns), all frames' end to end; frame (N,), which each is of; slot (N,): its place among B x L, L the
+    most points of a frame, `longest`; rows (N,), its voxel; keys: of every stage; boxes (B, M, 7), classes (B, M), -1
+    where there is no box.
     """
     for s in samples:
         if isinstance(s, BadInput):

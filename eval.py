@@ -5,11 +5,12 @@
     python eval.py show out/demo/last.pt --frame 3                          # four pictures of a frame
     python eval.py depth out/depth_demo/last.pt                             # of finetune_depth.py; see eval_depth.py
     python eval.py det3d out/det3d_demo/last.pt                             # of finetune_det3d.py; see eval_boxes.py
+    python eval.py det3d P.bin --protocol waymo --truth T.bin               # boxes for Waymo; see eval_waymo.py
     python eval.py mono3d out/mono3d_demo/last.pt                           # of finetune_mono3d.py; eval_mono3d.py
     python eval.py export out/demo/last.pt --format mmdet --out mmdet.pth   # the weights, for other people's code
 
 The figures are functions of eval_match.py, which says what `match` and `probe` ask, eval_depth.py, eval_boxes.py,
-eval_mono3d.py and eval_nuscenes.py.
+eval_waymo.py, eval_mono3d.py and eval_nuscenes.py.
 """
 
 import signal
@@ -38,6 +39,7 @@ import eval_depth
 import eval_match
 import eval_mono3d
 import eval_nuscenes
+import eval_waymo
 import finetune_depth
 import finetune_det3d
 import finetune_mono3d
@@ -506,6 +508,8 @@ def load_depth_run(path, preset, device):
 def det3d(
     source: Path,
     /,
+    protocol: Literal["kitti", "waymo"] | None = None,
+    truth: Path | None = None,
     data_root: tuple[str, ...] = (),
     splits: tuple[str, ...] = (),
     frames: int | None = None,
@@ -515,45 +519,87 @@ def det3d(
     json: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ):
-    """KITTI's AP of a detector, or of anybody's result files: 2D, AOS, BEV and 3D; AP40 and AP11; objects that count.
+    """KITTI's AP or Waymo's mAP and mAPH of a detector, or of anybody's result files, with the objects that count.
 
     Args:
-        source: last.pt of finetune_det3d.py; or a folder of KITTI result files, 000123.txt, 16 columns, the score last.
+        source: last.pt of finetune_det3d.py; a folder of KITTI result files, 000123.txt, 16 columns, the score last; or
+            a file PREDICTIONS.bin as it is handed in to Waymo (waymo.open_dataset.Objects).
+        protocol: Whose rules. A last.pt has its own; result files are KITTI's, and .bin files are Waymo's.
+        truth: Labels for PREDICTIONS.bin, a file of the same kind; by default those of --data-root.
         data_root: Folders in KITTI's object layout, with labels; by default the run's.
-        splits: Names in ImageSets/; by default the run's --eval-splits, or val.
+        splits: Names in ImageSets/; by default the run's --eval-splits, or val. test has no labels: what a detector
+            finds there is written to --save, and not judged.
         frames: At most so many frames, evenly spread; 0 for all; by default the run's --eval-frames.
         skip_missing: Leave out frames that lack an image or a cloud, instead of stopping at them.
-        save: Folder to write a detector's result files to, and pictures of some frames.
+        save: Folder to write what a detector finds to, as it is handed in: a file a frame to KITTI, predictions.bin to
+            Waymo; and pictures of some frames.
         drawn: With --save, so many pictures, evenly spread.
-        json: File to write the figures to: {"Car": {"3d": {"AP40": [easy, moderate, hard], "AP11": ...}, ...}, ...}.
+        json: File to write the figures to. KITTI: {"Car": {"3d": {"AP40": [easy, moderate, hard], "AP11": ...}, ...},
+            ...} in percent. Waymo: {"VEHICLE": {"LEVEL_1": {"mAP": .., "mAPH": .., "n": labels}, "LEVEL_2": ..., "[0,
+            30)": {"LEVEL_1": ..}, ...}, ...} as shares.
         device: auto is the GPU if there is one.
     """
     at_least(0, frames=frames, drawn=drawn)
     run = runtime.start_run(device)
-    if os.path.isdir(source):
-        if not data_root:
-            raise BadInput(f"{source}: a folder of result files; --data-root must say of what")
-        model, c, trained_on = None, finetune_det3d.Config(), set()
+    is_objects, is_folder = truth is not None or source.suffix == ".bin", os.path.isdir(source)
+    if (is_objects and protocol == "kitti") or (is_folder and protocol == "waymo"):
+        raise BadInput(f"--protocol {protocol}: folders of result files are KITTI's, files of Objects are Waymo's")
+    if is_objects:
+        found, lines = judge_objects(source, truth, data_root, splits or ("val",), skip_missing)
+    elif is_folder:
+        found, lines = judge_results(source, data_root, splits or ("val",), frames, skip_missing)
     else:
         model, c, trained_on = load_detector_run(source, run.device)
-    roots = data_root or c.eval_root or c.data_root
-    chosen = data_det3d.find_frames(roots, splits or c.eval_splits or ("val",), skip_missing or c.skip_missing)
-    limit = c.eval_frames if frames is None else frames
-    chosen = data.evenly_spread(chosen, limit or len(chosen))
-    seen = len(trained_on & set(data.inventory(chosen)))
-    if seen:
-        print(f"note: {source} was trained on {seen} of these {len(chosen)} frames: its figures will flatter")
-
-    results = detect(model, chosen, c, run, save, drawn) if model else find_results(source, chosen)
-    truths = [data_kitti.read_labels(f.label, dont_care=True) for f in chosen]
-    found = eval_boxes.evaluate(truths, results)
-    judged = sum(result is not None for result in results)
-    print("\n".join(eval_boxes.table(found, judged, published=eval_boxes.is_standard(chosen))))
-    if json:
+        if protocol and protocol != c.protocol:
+            raise BadInput(f"--protocol {protocol}: {source} was trained for {c.protocol}")
+        roots, named = data_root or c.eval_root or c.data_root, splits or c.eval_splits or ("val",)
+        limit = c.eval_frames if frames is None else frames
+        chosen = frames_to_detect(roots, named, limit, skip_missing or c.skip_missing)
+        labelled = "test" not in named
+        eval_boxes.check_frames(chosen, c, chosen if labelled else ())
+        if not (labelled or save):
+            raise BadInput("--splits test: has no labels to judge by; --save writes what is found there")
+        seen = len(trained_on & set(data.inventory(chosen)))
+        if seen:
+            print(f"note: {source} was trained on {seen} of these {len(chosen)} frames: its figures will flatter")
+        found, lines = judge_detector(model, chosen, c, run, save, drawn, labelled)
+    print("\n".join(lines))
+    if json and found:
         with writing(json) as temporary:
             temporary.write_text(dump_json(found, indent=1) + "\n")
-    if save and model:
-        print(f"wrote {len(results)} result files and {min(drawn, len(results))} pictures into {save}/")
+
+
+def frames_to_detect(roots, splits, limit, skip_missing):
+    """At most `limit` frames of the splits, 0 for all, evenly spread; with their labels, but for those of test."""
+    find = data_kitti.pool_frames if "test" in splits else data_det3d.pool_frames
+    chosen, _ = find(roots, splits, skip_missing=skip_missing)
+    return data.evenly_spread(chosen, limit or len(chosen))
+
+
+def judge_objects(source, truth, roots, splits, skip_missing):
+    """A file of Waymo's Objects beside another, or beside the labels of a folder -> figures, lines of text."""
+    if not (truth or roots):
+        raise BadInput(f"{source}: a file of predictions; --truth or --data-root must say of what")
+    predictions = eval_waymo.read_objects(source)
+    if truth:
+        truths = eval_waymo.read_objects(truth)
+    else:
+        truths = eval_waymo.read_truth(data_det3d.find_frames(roots, splits, skip_missing))
+    note = eval_waymo.check_frames(predictions, truths, source)
+    found = eval_waymo.evaluate(predictions, truths)
+    notes = [note] if note else []
+    return found, notes + eval_waymo.table(found, eval_waymo.is_standard(truths.frames))
+
+
+def judge_results(folder, roots, splits, limit, skip_missing):
+    """A folder of KITTI's result files -> figures, lines of text."""
+    if not roots:
+        raise BadInput(f"{folder}: a folder of result files; --data-root must say of what")
+    chosen = frames_to_detect(roots, splits, limit, skip_missing)
+    results = find_results(folder, chosen)
+    found = eval_boxes.evaluate([data_kitti.read_labels(f.label, dont_care=True) for f in chosen], results)
+    judged = sum(result is not None for result in results)
+    return found, eval_boxes.table(found, judged, eval_boxes.is_standard(chosen))
 
 
 def load_detector_run(path, device):
@@ -577,22 +623,27 @@ def find_results(folder, frames):
     return [eval_boxes.read_results(path) if path else None for path in found]
 
 
-def detect(model, frames, c, run, save, drawn):
-    """-> results of all frames. With `save`, a folder, they are written there, and pictures of some frames."""
+def judge_detector(model, frames, c, run, save, drawn, labelled):
+    """-> figures, {} without labels; lines of text. With `save`, a folder, what is found is written there, and pictures
+    of some frames."""
+    rules, layout = eval_boxes.RULES[c.protocol], model.layout
     pictured = set(data.evenly_spread(range(len(frames)), drawn)) if save else set()
     if save:
         make_folder("save", save / "pictures")
-    results = []
-    found = eval_boxes.detections(model, frames, range(len(frames)), c, run.device)
-    for i, boxes in enumerate(tqdm(found, "judging", len(frames), dynamic_ncols=True, mininterval=1)):
-        frame = frames[i]
-        results.append(eval_boxes.as_results(frame, eval_boxes.image_size(frame), *boxes))
-        if save:
-            eval_boxes.write_results(save / f"{frame.cloud.stem}.txt", *results[-1])
+    found = []
+    detections = eval_boxes.detections(model, frames, range(len(frames)), c, run.device)
+    for i, boxes in enumerate(tqdm(detections, "judging", len(frames), dynamic_ncols=True, mininterval=1)):
+        found.append(rules.convert(frames[i], *boxes))
         if i in pictured:
-            scene = data_det3d.read_scene(frame, c.keep_rows)
-            pictures_boxes.draw_boxes(scene, *boxes, save / "pictures" / f"{frame.cloud.stem}.png", frame.name)
-    return results
+            scene = data_det3d.read_scene(frames[i], c.keep_rows, layout.protocol, layout.columns)
+            path = save / "pictures" / f"{frames[i].cloud.stem}.png"
+            pictures_boxes.draw_boxes(scene, *boxes, path, frames[i].name)
+    figures = rules.evaluate(frames, found) if labelled else {}
+    lines = rules.table(figures, frames) if labelled else []
+    if save:
+        said = rules.write(save, frames, found)
+        lines.append(f"wrote {said} and {len(pictured)} pictures into {save}/")
+    return figures, lines
 
 
 # -----------------------------------------------------------------------------

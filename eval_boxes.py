@@ -12,12 +12,16 @@ Average precision (AP) is over 40 points of recall (AP40, today's) or over 11 (A
 read at one score for each object found, at most 41, of which AP40 leaves out the first. So on n objects, where n < 41,
 the best that AP40 can be is (n - 1) / 40: read it with n beside it.
 
-The rules are those of KITTI's devkit (Geiger et al. 2012; 40 points: Simonelli et al. 2019), and the figures are those
+A detector is judged by the rules of its protocol, KITTI's or Waymo's (eval_waymo.py): `judge`, `report`, RULES.
+
+KITTI's rules are those of its devkit (Geiger et al. 2012; 40 points: Simonelli et al. 2019), and the figures are those
 that its C++ prints. Wrong input raises `BadInput`, one line.
 """
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +31,11 @@ from tqdm import tqdm
 import data
 import data_det3d
 import data_kitti
+import eval_waymo
 import ops_boxes
 import pictures_boxes
 import runtime
+from anchors import PROTOCOLS
 from files import BadInput, writing
 
 TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")  # what may be detected
@@ -352,6 +358,7 @@ def _percent(column, i, asked):
 # -----------------------------------------------------------------------------
 # a detector's figures
 
+WAYMO = PROTOCOLS["waymo"]
 VAL_SPLIT = "94a5da87d7a4f0ea"  # data.fingerprint of the sorted names of the 3769 frames that papers judge on
 
 
@@ -371,7 +378,7 @@ def judging_box(c):
 def detections(model, frames, indices, c, device):
     """What a detector (finetune_det3d.Detector, in eval mode) finds in frames[i] of `indices`, one after another.
 
-    -> boxes (n, 7) float64 in the LiDAR frame, scores (n,), classes (n,) of data_det3d.CLASSES, best first.
+    -> boxes (n, 7) float64 in the LiDAR frame, scores (n,), classes (n,) of its protocol, best first.
     """
     dataset = data_det3d.DetectionFrames(frames, c, model.layout, training=False)
     for sample in runtime.ahead(lambda i: dataset[(0, i)], indices):
@@ -412,30 +419,109 @@ def image_size(frame):
         return image.size
 
 
+class Rules(NamedTuple):
+    """How detections are judged, and in which files they are handed in. A frame's detections are boxes, scores and
+    classes of `detections`; `found` are those of all frames, as `convert` leaves them."""
+
+    convert: Callable  # frame, boxes, scores, classes -> found in that frame
+    evaluate: Callable  # frames, found -> figures
+    table: Callable  # figures, frames -> lines of text
+    write: Callable  # folder, frames, found -> what was written, in words
+    headline: Callable  # figures -> {class: percent} for the curves
+    title: str  # of the headline
+
+
+def _kitti_figures(frames, found):
+    return evaluate([data_kitti.read_labels(f.label, dont_care=True) for f in frames], found)
+
+
+def _kitti_files(folder, frames, found):
+    for frame, result in zip(frames, found):
+        write_results(folder / f"{frame.cloud.stem}.txt", *result)
+    return f"{len(found)} result files"
+
+
+def _waymo_objects(frame, boxes, scores, classes):
+    return eval_waymo.as_objects(frame, boxes, scores, [WAYMO.classes[k] for k in classes])
+
+
+def _waymo_joined(found):
+    return eval_waymo.join_detections(found, WAYMO.nms_overlap)
+
+
+def _waymo_figures(frames, found):
+    return eval_waymo.evaluate(_waymo_joined(found), eval_waymo.read_truth(frames))
+
+
+def _waymo_table(figures, frames):
+    return eval_waymo.table(figures, eval_waymo.is_standard([eval_waymo.parse_id(f.name)[:2] for f in frames]))
+
+
+def _waymo_files(folder, frames, found):
+    eval_waymo.write_objects(folder / "predictions.bin", _waymo_joined(found))
+    return "predictions.bin"
+
+
+RULES = {
+    "kitti": Rules(
+        lambda frame, *found: as_results(frame, image_size(frame), *found),
+        _kitti_figures,
+        lambda figures, frames: table(figures, len(frames), is_standard(frames)),
+        _kitti_files,
+        lambda figures: {name: figures[name]["3d loose"]["AP40"][1] for name in CLASSES},
+        "3D AP40, loose, moderate, %",
+    ),
+    "waymo": Rules(
+        _waymo_objects,
+        _waymo_figures,
+        _waymo_table,
+        _waymo_files,
+        lambda figures: {name: 100 * figures[name]["LEVEL_2"]["mAP"] for name in eval_waymo.MEAN},
+        "mAP, LEVEL_2, %",
+    ),
+}
+
+
+def check_frames(frames, c, judged=()):
+    """Raises BadInput, naming the first, for frames that a detector with Config c cannot be given, and for those of
+    `judged` that lack what they are judged by."""
+    waymo = c.protocol == "waymo"
+    for frame in judged:
+        if waymo and not eval_waymo.truth_of(frame).is_file():
+            raise BadInput(f"{eval_waymo.truth_of(frame)}: missing; data_waymo.py writes it")
+    for frame in (*frames, *judged):
+        if waymo:
+            eval_waymo.parse_id(frame.name)
+        if c.elongation and frame.rig.columns < 5:
+            lack = f"its points have {frame.rig.columns} numbers, no elongation"
+            raise BadInput(f"{frame.cloud}: {lack}; convert with --elongation, or give --no-elongation")
+
+
 def judge(model, frames, c, run):
-    """A detector's figures on labelled frames, on every rank; each takes its share. -> result of `evaluate`.
+    """A detector's figures on labelled frames, on every rank; each takes its share. -> figures of its protocol, and
+    "frames", how many there are.
 
     The model is left in eval mode, and with rank 0's batch statistics, which are those that a checkpoint holds.
     """
     runtime.follow_main(model, run)
     model.eval()
+    rules = RULES[c.protocol]
     mine, found = range(run.rank, len(frames), run.world), []
     bar = tqdm(mine, "judging", disable=not run.main, leave=False, dynamic_ncols=True, mininterval=1)
     for i, boxes in zip(bar, detections(model, frames, mine, c, run.device)):
-        found.append((i, as_results(frames[i], image_size(frames[i]), *boxes)))
-    results = [result for _, result in sorted(run.gather(found), key=lambda row: row[0])]
-    truths = [data_kitti.read_labels(f.label, dont_care=True) for f in frames]
-    return evaluate(truths, results) | {"frames": len(frames)}
+        found.append((i, rules.convert(frames[i], *boxes)))
+    found = [result for _, result in sorted(run.gather(found), key=lambda row: row[0])]
+    return rules.evaluate(frames, found) | {"frames": len(frames)}
 
 
-def report(found, published=False):
-    """Lines of text for a result of `judge`."""
-    return table({k: v for k, v in found.items() if k != "frames"}, found["frames"], published)
+def report(found, frames, c):
+    """Lines of text for a result of `judge` on these frames."""
+    return RULES[c.protocol].table({k: v for k, v in found.items() if k != "frames"}, frames)
 
 
 def draw(model, frames, c, device, path):
     """Picture of the frame with the most labelled objects; -> what was found, in words."""
     most = max(range(len(frames)), key=lambda i: len(data_kitti.read_labels(frames[i].label)[0]))
     ((boxes, scores, classes),) = detections(model.eval(), frames, [most], c, device)
-    scene = data_det3d.read_scene(frames[most], c.keep_rows)
+    scene = data_det3d.read_scene(frames[most], c.keep_rows, model.layout.protocol, model.layout.columns)
     return pictures_boxes.draw_boxes(scene, boxes, scores, classes, path, frames[most].name)

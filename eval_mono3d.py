@@ -250,6 +250,5 @@ def draw_frame(frame, found, c, path):
     lidar2img = view.intrinsic @ view.lidar2cam
     uv, depth = data.project(points.astype(np.float64), lidar2img)
     points = points[data.inside_image(uv, depth, view.image.shape[1], view.image.shape[0])]
-    scene = data_det3d.Scene(view.image, points, lidar2img, boxes, view.kinds, view.rects)
-    names = CLASSES[c.dataset]
-    return pictures_boxes.draw_boxes(scene, found.boxes, found.scores, found.classes, path, frame.name, names, SHOWN)
+    scene = data_det3d.Scene(view.image, points, lidar2img, boxes, view.kinds, view.rects, CLASSES[c.dataset])
+    return pictures_boxes.draw_boxes(scene, found.boxes, found.scores, found.classes, path, frame.name, SHOWN)

@@ -1,4 +1,4 @@
-"""Camera + LiDAR 3D detection, the paper's main result (Table 1): MVX-Net with MoCA on KITTI's labels.
+"""Camera + LiDAR 3D detection, the paper's main result: MVX-Net, with MoCA on KITTI (Table 1), on Waymo (Table 2).
 
     torchrun --standalone finetune_det3d.py demo --init out/demo/backbone.pt    # built-in scenes, minutes on two cores
     torchrun --standalone finetune_det3d.py demo --init none --name scratch     # the same from scratch
@@ -8,13 +8,17 @@ The paper's recipe on KITTI, on one GPU or eight (same global batch, same groups
     torchrun --standalone finetune_det3d.py kitti --init out/kitti/backbone.pt --data-root data/kitti
     torchrun --standalone --nproc_per_node=8 finetune_det3d.py kitti --init out/kitti/backbone.pt --data-root data/kitti
 
+Waymo, as `data_waymo.py convert --whole --elongation` leaves it in data/waymo_360:
+
+    torchrun --standalone --nproc_per_node=8 finetune_det3d.py waymo --init out/waymo/backbone.pt
+
 Resume: the same command again. Every flag: `python finetune_det3d.py kitti --help`. A run ends with its AP on held-out
 frames, and writes out/NAME/: log.jsonl, last.pt, curves.png, det3d.png, objects_*.bin (what MoCA pastes).
 `python eval.py det3d out/NAME/last.pt` judges it again, or on other data.
 
 The network is MVX-Net (Sindagi et al. 2019) as mmdetection3d 0.13 has it: points with what a feature pyramid says at
 their pixels, voxels, a sparse encoder (SECOND, Yan et al. 2018), a head on anchors seen from above. Names of parameters
-are mmdetection3d's, so that the official checkpoints load (`--load`).
+are mmdetection3d's, so that the official checkpoints load (`--load`). What its answers mean is in anchors.py.
 """
 
 import signal
@@ -41,14 +45,14 @@ import data
 import data_det3d
 import encoders
 import eval_boxes
-import ops_boxes
 import ops_sparse
 import ops_triton as ops
 import pictures_boxes
 import runtime
 import synthetic
 import weights
-from data_det3d import CLASSES, Layout
+from anchors import YAWS, anchor_grid, assign, detection_losses, select
+from data_det3d import Layout
 from files import BadInput, read_checkpoint
 from loop import Loop, stream
 
@@ -59,7 +63,9 @@ class Config:
 
     # ---- data ----
     data_root: tuple[str, ...] = ("data/kitti",)
-    """Folders in KITTI's object layout, with labels; several are pooled."""
+    """Folders in KITTI's object layout, with labels; several are pooled. data_waymo.py writes Waymo's."""
+    protocol: Literal["kitti", "waymo"] = "kitti"
+    """Whose classes and anchors they are (anchors.py), and whose rules judge."""
     splits: tuple[str, ...] = ("train",)
     """Names of files in ImageSets/."""
     eval_splits: tuple[str, ...] = ("val",)
@@ -76,6 +82,8 @@ class Config:
     """Only every n-th row of the LiDAR: a cheaper sensor, for which the image matters more."""
     max_points: int = 0
     """Draw so many of a frame's points, if it has more; 0 for all."""
+    elongation: bool = False
+    """A point has a fifth number, which the network sees: data_waymo.py's --elongation."""
     skip_missing: bool = False
     """Leave out frames that lack an image or a cloud, instead of stopping at them."""
     synthetic_frames: int = 0
@@ -84,7 +92,7 @@ class Config:
     """Loading processes per GPU; 0 loads in the training process."""
     # ---- augmentation ----
     moca: bool = True
-    """Paste objects of other frames, points and pixels (data_det3d.py)."""
+    """Paste objects of other frames, points and pixels (data_det3d.py). Of KITTI alone."""
     rotation: float = 45.0
     """Degrees: the cloud turns about the sensor by U(-rotation, rotation)."""
     scale: tuple[float, float] = (0.95, 1.05)
@@ -154,6 +162,8 @@ class Config:
     """sgd is the release's."""
     warm_up: int = 1000
     """Steps in which the rate rises, from a tenth; the cosine is over the others."""
+    drops: tuple[float, ...] = ()
+    """Shares of the run from which on the rate is a tenth of what it was, instead of the cosine."""
     clip: float = 35.0
     """Norm that gradients are cut to; 0 for not at all."""
     # ---- the run ----
@@ -191,20 +201,15 @@ PRESETS = {
         ),
     ),
     "kitti": ("KITTI's object benchmark: the paper's recipe.", Config()),
+    "waymo": (
+        "Waymo, all around, converted by data_waymo.py with --whole and --elongation: the 2x recipe of mmdetection3d.",
+        Config(
+            name="det3d_waymo", data_root=("data/waymo_360",), protocol="waymo", moca=False, elongation=True,
+            point_range=(-76.8, -51.2, -2.0, 76.8, 51.2, 4.0), voxel=(0.08, 0.08, 0.1),
+            image_scale=(720, 480, 1280, 853), epochs=48, lr=1e-3, drops=(20 / 24, 23 / 24),
+        ),
+    ),
 }  # fmt: skip
-
-# (width, length, height, z of the bottom), metres; IoU from above from which an anchor is an object's, below which it
-# is background, and from which at least an object's best anchor is taken (release)
-ANCHORS = {
-    "Pedestrian": ((0.6, 0.8, 1.73, -0.6), (0.35, 0.2, 0.2)),
-    "Cyclist": ((0.6, 1.76, 1.73, -0.6), (0.35, 0.2, 0.2)),
-    "Car": ((1.6, 3.9, 1.56, -1.78), (0.6, 0.45, 0.45)),
-}
-YAWS = (-math.pi / 2, -math.pi)  # of anchors; mmdetection3d's 0 and pi / 2, whose yaw is -pi / 2 - ours
-DIRECTION = math.pi / 2  # headings from here on for half a turn are bin 0: no road runs across, where the bins meet
-GAMMA, ALPHA, BETA = 2.0, 0.25, 1 / 9  # of the focal loss, and of smooth L1
-BOX_WEIGHT, DIRECTION_WEIGHT = 2.0, 0.2
-MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.1, 100, 0.01, 50  # of a prediction (release)
 
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "name", "out", "device", "log_every", "save_every", "init", "load"}
@@ -252,7 +257,7 @@ class DynamicVFE(nn.Module):
         super().__init__()
         self.layout = layout
         layer = lambda cin: nn.Sequential(nn.Linear(cin, c.vfe, bias=False), point_norm(c, c.vfe), nn.ReLU())
-        self.vfe_layers = nn.ModuleList([layer(10), layer(2 * c.vfe)])
+        self.vfe_layers = nn.ModuleList([layer(layout.columns + 6), layer(2 * c.vfe)])
         self.fusion_layer = PointFusion(c, levels)
 
     def forward(self, batch, maps, cells):
@@ -266,7 +271,8 @@ class DynamicVFE(nn.Module):
         return voxel_max(x, rows, len(level.keys))
 
     def decorated(self, points, rows, level):
-        """x, y, z, reflectance, offset to the mean of the voxel's points, offset to the voxel's centre: (N, 10)."""
+        """A point's own numbers, offset to the mean of the voxel's points, offset to the voxel's centre: (N, 10), or
+        (N, 11) with elongation."""
         xyz, M = points[:, :3], len(level.keys)
         count = xyz.new_zeros(M).index_add_(0, rows, torch.ones_like(xyz[:, 0]))
         mean = xyz.new_zeros(M, 3).index_add_(0, rows, xyz) / count[:, None]
@@ -346,10 +352,11 @@ class SECONDFPN(nn.Module):
 class Anchor3DHead(nn.Module):
     """Of every anchor: scores of the classes, the box's code, its direction. -> (B, anchors, 3), (.., 7), (.., 2)."""
 
-    def __init__(self, cin):
+    def __init__(self, cin, classes):
         super().__init__()
-        n = len(CLASSES) * len(YAWS)
-        self.conv_cls = nn.Conv2d(cin, n * len(CLASSES), 1)
+        self.classes = classes
+        n = classes * len(YAWS)
+        self.conv_cls = nn.Conv2d(cin, n * classes, 1)
         self.conv_reg = nn.Conv2d(cin, n * 7, 1)
         self.conv_dir_cls = nn.Conv2d(cin, n * 2, 1)
         for conv in (self.conv_cls, self.conv_reg):
@@ -358,7 +365,7 @@ class Anchor3DHead(nn.Module):
         nn.init.constant_(self.conv_cls.bias, -math.log(99))  # focal loss: every score begins at .01
 
     def forward(self, x):
-        answers = ((self.conv_cls, len(CLASSES)), (self.conv_reg, 7), (self.conv_dir_cls, 2))
+        answers = ((self.conv_cls, self.classes), (self.conv_reg, 7), (self.conv_dir_cls, 2))
         return [conv(x).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, n)).float() for conv, n in answers]
 
 
@@ -368,6 +375,7 @@ class Detector(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.layout, self.freeze = Layout(c), c.freeze and c.image
+        self.protocol = self.layout.protocol
         levels = 0
         if c.image:
             self.img_backbone = encoders.build_image_encoder(c.image_encoder)
@@ -379,7 +387,7 @@ class Detector(nn.Module):
         self.pts_middle_encoder = SparseEncoder(c)
         self.pts_backbone = SECOND(c, self.layout.grids[-1].shape[0] * c.sparse[4])
         self.pts_neck = SECONDFPN(c)
-        self.pts_bbox_head = Anchor3DHead(2 * c.neck)
+        self.pts_bbox_head = Anchor3DHead(2 * c.neck, len(self.protocol.anchors))
         self.register_buffer("anchors", anchor_grid(self.layout), persistent=False)  # (Y, X, classes, yaws, 7)
         if self.freeze:
             for part in self.frozen_parts():
@@ -426,8 +434,8 @@ class Detector(nn.Module):
     def forward(self, batch, report=True):
         scores, codes, directions = self.answers(batch)
         with torch.autocast(scores.device.type, enabled=False):
-            target = assign(self.anchors, batch["boxes"], batch["classes"])
-            losses = detection_losses(scores, codes, directions, self.anchors.flatten(0, 3), target)
+            target = assign(self.anchors, batch["boxes"], batch["classes"], self.protocol)
+            losses = detection_losses(scores, codes, directions, self.anchors.flatten(0, 3), target, self.protocol)
         loss = sum(losses.values())
         if not report:
             return loss, {}
@@ -436,145 +444,7 @@ class Detector(nn.Module):
 
     def detect(self, batch):
         """-> boxes (B, K, 7), scores (B, K), classes (B, K), best first; a score of 0 says that there is no box."""
-        return select(*self.answers(batch), self.anchors.flatten(0, 3))
-
-
-# -----------------------------------------------------------------------------
-# boxes and anchors
-
-
-def anchor_grid(layout):
-    """(Y, X, classes, yaws, 7) boxes. Cell i of an unenlarged map is centred on voxel 8 i."""
-    x, y = (
-        (layout.stride * (torch.arange(layout.cells[axis]) + 0.5) - 3.5) * layout.voxel[axis] + layout.range[axis]
-        for axis in (0, 1)
-    )
-    boxes = torch.zeros(len(y), len(x), len(CLASSES), len(YAWS), 7)
-    boxes[..., 0] = x[None, :, None, None]
-    boxes[..., 1] = y[:, None, None, None]
-    for k, name in enumerate(CLASSES):
-        width, length, height, bottom = ANCHORS[name][0]
-        boxes[:, :, k, :, 2:6] = torch.tensor([bottom + height / 2, length, width, height])
-    boxes[..., 6] = torch.tensor(YAWS)
-    return boxes
-
-
-def encode(boxes, anchors):
-    """Boxes (..., 7) as codes relative to their anchors (..., 7): offsets over the anchor's diagonal and height, logs
-    of ratios (width, length, height), and the difference of yaws, its sign mmdetection3d's (SECOND, section 3.3).
-    """
-    diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
-    x, y = ((boxes[..., i] - anchors[..., i]) / diagonal for i in (0, 1))
-    z = (boxes[..., 2] - anchors[..., 2]) / anchors[..., 5]
-    width, length, height = (torch.log(boxes[..., i] / anchors[..., i]) for i in (4, 3, 5))
-    return torch.stack([x, y, z, width, length, height, anchors[..., 6] - boxes[..., 6]], -1)
-
-
-def decode(codes, anchors):
-    """The inverse of encode."""
-    diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
-    x, y = (codes[..., i] * diagonal + anchors[..., i] for i in (0, 1))
-    z = codes[..., 2] * anchors[..., 5] + anchors[..., 2]
-    width, length, height = (torch.exp(codes[..., i]) * anchors[..., a] for i, a in ((3, 4), (4, 3), (5, 5)))
-    return torch.stack([x, y, z, length, width, height, anchors[..., 6] - codes[..., 6]], -1)
-
-
-def direction_bin(yaw):
-    """0 for headings from DIRECTION on for half a turn, else 1."""
-    return (torch.remainder(yaw - DIRECTION, 2 * math.pi) >= math.pi).long()
-
-
-def assign(anchors, boxes, classes):
-    """Which anchor answers for which box. anchors (Y, X, K, R, 7), boxes (B, M, 7), classes (B, M), -1 for none.
-
-    An anchor belongs to the box of its class with which it overlaps most, seen from above with yaws rounded to quarter
-    turns, where that is enough; and a box's best anchors are its own from a lower threshold on, even if another box
-    overlaps them more (mmdetection3d's MaxIoUAssigner; where it is the best of several, the last box has it there, and
-    here the one that it overlaps most).
-    -> dict(classes (B, A): index, -1 background, -2 neither; boxes (B, A, 7), of the positive ones).
-    """
-    labels, owners = [], []
-    for k, name in enumerate(CLASSES):
-        positive, negative, least = ANCHORS[name][1]
-        overlap = torch.stack([grid_overlap(anchors[:, :, k, r], boxes) for r in range(len(YAWS))], 3)
-        overlap = overlap.masked_fill((classes != k)[:, None, None, None], -1.0)  # (B, Y, X, R, M)
-        best, owner = overlap.max(4)
-        label = torch.where(best >= positive, k, torch.where(best < negative, -1, -2))
-        highest = overlap.amax((1, 2, 3), keepdim=True)
-        favourite = (overlap == highest) & (highest >= least)  # an anchor that the box overlaps as well as any
-        claim, claimant = overlap.masked_fill(~favourite, -1.0).max(4)
-        owners.append(torch.where(claim >= 0, claimant, owner))
-        labels.append(torch.where(claim >= 0, k, label))
-    label, owner = (torch.stack(parts, 3).flatten(1) for parts in (labels, owners))  # (B, A)
-    return {"classes": label, "boxes": boxes.gather(1, owner[..., None].expand(-1, -1, 7))}
-
-
-def grid_overlap(anchors, boxes):
-    """ops_boxes.nearest_bev_iou of anchors (Y, X, 7), a grid of one box, with boxes (B, M, 7) -> (B, Y, X, M).
-
-    Such overlaps are products of what columns and rows have in common: two operations a pair, not twenty.
-    """
-    half_x, half_y = ops_boxes.half_sides(anchors[0, 0])
-    box_x, box_y = ops_boxes.half_sides(boxes)  # (B, M)
-    columns, rows = anchors[0, :, 0, None], anchors[:, 0, 1, None]  # (X, 1), (Y, 1)
-
-    def common(at, half, centre, box_half):
-        high = torch.minimum(at + half, (centre + box_half)[:, None])
-        low = torch.maximum(at - half, (centre - box_half)[:, None])
-        return (high - low).clamp(min=0)  # (B, cells, M)
-
-    x = common(columns, half_x, boxes[..., 0], box_x)
-    y = common(rows, half_y, boxes[..., 1], box_y)
-    shared = y[:, :, None] * x[:, None]  # (B, Y, X, M)
-    areas = 4 * (half_x * half_y + box_x * box_y)
-    return shared / (areas[:, None, None] - shared).clamp(min=1e-9)
-
-
-def detection_losses(scores, codes, directions, anchors, target):
-    """Focal loss of all anchors but those that are neither; smooth L1 of codes, with the sine of the yaws' difference,
-    and cross-entropy of directions, of positive ones. All over the number of positives, one at least for each frame.
-    -> dict of scalars."""
-    label = target["classes"]
-    positive = label >= 0
-    count = positive.sum(1).clamp(min=1).sum().float()
-    wanted = F.one_hot(label.clamp(min=0), len(CLASSES)) * positive[..., None]
-    probability = scores.sigmoid()
-    wrong = torch.where(wanted > 0, 1 - probability, probability)
-    balance = torch.where(wanted > 0, ALPHA, 1 - ALPHA)
-    focal = balance * wrong.pow(GAMMA) * F.binary_cross_entropy_with_logits(scores, wanted.float(), reduction="none")
-    focal = (focal * (label > -2)[..., None]).sum() / count
-
-    # masks over all anchors, not indices: no GPU is waited for. Codes of anchors without a box are anything but NaN
-    boxes = torch.where(positive[..., None], target["boxes"], anchors)
-    difference = codes - encode(boxes, anchors)
-    difference = torch.cat([difference[..., :6], difference[..., 6:].sin()], -1)
-    distance = F.smooth_l1_loss(difference, torch.zeros_like(difference), beta=BETA, reduction="none")
-    box = BOX_WEIGHT * (distance * positive[..., None]).sum() / count
-    crossed = F.cross_entropy(directions.transpose(1, 2), direction_bin(boxes[..., 6]), reduction="none")
-    direction = DIRECTION_WEIGHT * (crossed * positive).sum() / count
-    return {"classes": focal, "boxes": box, "direction": direction}
-
-
-def select(scores, codes, directions, anchors):
-    """The raw answers of all anchors -> boxes (B, K, 7), scores (B, K), classes (B, K): AFTER_NMS, best first.
-
-    The best BEFORE_NMS anchors, by their best class; those above MIN_SCORE; suppression class by class. A score of 0
-    says that there is no box.
-    """
-    scores = scores.sigmoid()
-    top = scores.amax(2).topk(min(BEFORE_NMS, scores.shape[1])).indices  # (B, K)
-    pick = lambda x: x.gather(1, top[..., None].expand(-1, -1, x.shape[2]))
-    scores, boxes = pick(scores), decode(pick(codes), anchors[top])
-    half_turns = pick(directions).argmax(2)
-    yaw = DIRECTION + torch.remainder(boxes[..., 6] - DIRECTION, math.pi) + math.pi * half_turns
-    boxes = torch.cat([boxes[..., :6], torch.remainder(yaw + math.pi, 2 * math.pi)[..., None] - math.pi], -1)
-    by_class = scores.transpose(1, 2)  # (B, 3, K)
-    by_class = by_class.masked_fill(by_class <= MIN_SCORE, -torch.inf)
-    kept = ops_boxes.nms(boxes[:, None], by_class, NMS_OVERLAP)
-    final = (by_class.masked_fill(~kept, 0.0)).flatten(1)  # (B, 3 K)
-    best, at = final.topk(min(AFTER_NMS, final.shape[1]))
-    classes, rows = at // by_class.shape[2], at % by_class.shape[2]
-    return boxes.gather(1, rows[..., None].expand(-1, -1, 7)), best, classes
+        return select(*self.answers(batch), self.anchors.flatten(0, 3), self.protocol)
 
 
 # -----------------------------------------------------------------------------
@@ -596,11 +466,14 @@ def build_optimizers(model, c):
     return optimizers
 
 
-def rate(step, steps, warm_up):
-    """The rate at a step, as a share of the highest: a straight rise from a tenth, then a cosine to 1e-5."""
+def rate(step, steps, warm_up, drops=()):
+    """The rate at a step, as a share of the highest: a straight rise from a tenth, then a cosine to 1e-5, or with
+    `drops` (shares of the steps) a tenth of what it was from each of them on."""
     warm_up = min(warm_up, steps - 1)
     if step < warm_up:
         return 0.1 + 0.9 * step / warm_up
+    if drops:
+        return 0.1 ** sum(step >= share * steps for share in drops)
     return 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
 
 
@@ -615,6 +488,7 @@ def check_config(c, world):
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "labels", 1e-30, 1, "above 0, and 1 or less")
     runtime.check_range(c, "flip norm_momentum", 0, 1, "from 0 to 1")
+    runtime.check_range(c, "drops", 0, 1, "from 0 to 1, rising", rising=True)
     runtime.check_range(c, "scale", 0.2, 5, "from 0.2 to 5, the smaller first", rising=True)
     runtime.check_range(c, "voxel", 1e-3, 10, "from .001 to 10")
     low, high = c.point_range[:3], c.point_range[3:]
@@ -627,6 +501,12 @@ def check_config(c, world):
     data.check_image_scale(c.image_scale)
     if c.upsample[1] != 2 * c.upsample[0]:
         raise BadInput(f"--upsample {c.upsample[0]} {c.upsample[1]}: the second must be twice the first")
+    if c.protocol == "waymo" and c.moca:
+        raise BadInput("--moca: pastes KITTI's classes alone; with --protocol waymo give --no-moca")
+    if c.protocol == "waymo" and c.keep_rows > 1:
+        raise BadInput(f"--keep-rows {c.keep_rows}: the rows are those of KITTI's LiDAR; Waymo has five LiDARs")
+    if c.elongation and c.moca:
+        raise BadInput("--elongation: pasted objects have none; give --no-moca")
     if c.init != "none" and not c.image:
         raise BadInput("--init: with --no-image there is no image encoder")
     if c.init != "none" and c.load:
@@ -635,7 +515,8 @@ def check_config(c, world):
 
 
 def load_frames(c, run):
-    """-> frames to train on, frames held out, notes to print. Raises BadInput as data_det3d.pool_frames."""
+    """-> frames to train on, frames held out, notes to print. Raises BadInput as data_det3d.pool_frames, and for frames
+    that are not those of the protocol, or whose points lack a number."""
     synthetic.write_scenes(c, run)
     train, notes = data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing)
     held_out, flag = [], "--eval-splits"
@@ -643,6 +524,7 @@ def load_frames(c, run):
         held_out, more = data_det3d.pool_frames(c.eval_root or c.data_root, c.eval_splits, c.skip_missing, flag)
         held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
         notes += more
+    eval_boxes.check_frames(train, c, held_out)
     flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])
     data.check_unseen(train, held_out, flag)
     shared = data.shared_drives(train, held_out, flag)
@@ -723,7 +605,7 @@ def train(c):
     ]
     loop.begin(steps, about, lines)
     for step in loop:
-        loop.set_rate(rate(step, steps, c.warm_up))
+        loop.set_rate(rate(step, steps, c.warm_up, c.drops))
 
         # forward and backward, pass by pass; the next batch is fetched while a GPU still computes
         for micro in range(accumulate):
@@ -756,15 +638,16 @@ def train(c):
 
 
 def finish(model, c, run, frames, held_out, loop):
-    """AP on held-out frames, and a picture of one of them."""
+    """Figures on held-out frames, and a picture of one of them."""
     if not run.main:
         return
     folder = loop.folder
-    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png")
+    rules = eval_boxes.RULES[c.protocol]
+    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png", rules.title, rules.headline)
     said = eval_boxes.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
     if held_out:
-        print("\n" + "\n".join(eval_boxes.report(loop.judged, eval_boxes.is_standard(held_out))))
+        print("\n" + "\n".join(eval_boxes.report(loop.judged, held_out, c)))
 
 
 def main():

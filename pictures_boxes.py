@@ -5,7 +5,6 @@ import textwrap
 import numpy as np
 
 import data
-import data_det3d
 import ops_boxes
 from files import read_log
 from pictures import curve, draw_panels, from_above, limit_to_image, new_figure, save_figure
@@ -15,11 +14,14 @@ RING = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4]  # a path along the edges of a box's botto
 UPRIGHT = [[1, 5], [2, 6], [3, 7]]  # the other upright edges
 SHOWN = 0.3  # of detections, the score from which they are drawn
 LINE = 140  # letters above a picture
-CLASS_COLOURS = {"Car": "tab:blue", "Pedestrian": "tab:orange", "Cyclist": "tab:green"}
+COLOURS = ("tab:blue", "tab:orange", "tab:green")  # of three classes
 
 
-def draw_curves(log_path, path):
-    """The three losses, AP of unseen frames where it was asked more than once, and the learning rate, to a PNG."""
+def draw_curves(log_path, path, title, headline):
+    """The three losses, AP of unseen frames where it was asked more than once, and the learning rate, to a PNG.
+
+    headline: of logged figures, the ones to draw, by class; title: what they are.
+    """
     lines = read_log(log_path)
     log = [line for line in lines if "lr" in line]
     judged = [line for line in lines if "det3d" in line]
@@ -27,11 +29,11 @@ def draw_curves(log_path, path):
     for loss, colour in (("classes", "tab:blue"), ("boxes", "tab:orange"), ("direction", "tab:green")):
         losses.append(curve(log, [line[loss] for line in log], color=colour, label=loss))
     if len(judged) > 1:
-        for name, colour in CLASS_COLOURS.items():
-            ap = [line["det3d"][name]["3d loose"]["AP40"][1] for line in judged]
-            scores.append(curve(judged, ap, color=colour, marker="o", ms=3, label=name))
+        heads = [headline(line["det3d"]) for line in judged]
+        for name, colour in zip(heads[0], COLOURS):
+            scores.append(curve(judged, [ap[name] for ap in heads], color=colour, marker="o", ms=3, label=name))
     rate = [curve(log, [line["lr"][0] for line in log], label="AdamW")]
-    panels = {"losses": losses, "unseen frames: 3D AP40, loose, moderate, %": scores, "learning rate": rate}
+    panels = {"losses": losses, f"unseen frames: {title}": scores, "learning rate": rate}
     draw_panels(panels if log else {}, path)
 
 
@@ -56,20 +58,20 @@ def draw_mono_curves(log_path, path):
     draw_panels(panels if log else {}, path)
 
 
-def draw_boxes(scene, boxes, scores, classes, path, title, names=data_det3d.CLASSES, shown=SHOWN):
+def draw_boxes(scene, boxes, scores, classes, path, title, shown=SHOWN):
     """Are the boxes right? Labelled boxes green, found ones red and dashed, on the image and seen from above.
 
     scene: data_det3d.Scene; boxes (n, 7), scores (n,), classes (n,): of a detector. Those above a score of `shown` are
-    drawn, with their scores. names: of the classes, in the scene and of the detector. -> what was found, in words.
+    drawn, with their scores. -> what was found, in words.
     """
     chosen = scores > shown
     boxes, scores, classes = boxes[chosen], scores[chosen], classes[chosen]
     known = scene.classes >= 0
     truth, truth_classes = scene.boxes[known], scene.classes[known]
     counts = []
-    for k, name in enumerate(names):
+    for k, name in enumerate(scene.names):
         labelled, found = (truth_classes == k).sum(), (classes == k).sum()
-        if len(names) <= 3 or labelled or found:
+        if len(scene.names) <= 3 or labelled or found:
             counts.append(f"{name} {labelled} labelled, {found} found")
     said = "; ".join(counts) or "nothing labelled, nothing found"
     lines = textwrap.wrap(said, LINE)
@@ -85,7 +87,7 @@ def draw_boxes(scene, boxes, scores, classes, path, title, names=data_det3d.CLAS
     for box in truth:
         _draw_box(on_image, above, scene.lidar2img, box, LABELLED, "-")
     for box, score, k in zip(boxes, scores, classes):
-        words = f"{names[k]} {score:.2f}"
+        words = f"{scene.names[k]} {score:.2f}"
         _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", words, rise=1.3 * (k % 3 - 1))
 
     colours = f"labelled boxes green, found ones (score above {shown}) red and dashed"
@@ -93,8 +95,10 @@ def draw_boxes(scene, boxes, scores, classes, path, title, names=data_det3d.CLAS
     limit_to_image(on_image, height, width)
     on_image.axis("off")
     from_above(above, "the same from above, with the sweep; a line inside a box points ahead")
-    above.set_ylim(0, max([30.0, *(float(box[0]) + 8 for box in (*truth, *boxes))]))
-    above.set_xlim(-28, 28)
+    ahead, aside = ([float(box[axis]) for box in (*truth, *boxes)] for axis in (0, 1))
+    wide = max([28.0, *(abs(y) + 8 for y in aside)])
+    above.set_ylim(min([0.0, *(x - 8 for x in ahead if x < 0)]), max([30.0, *(x + 8 for x in ahead)]))
+    above.set_xlim(-wide, wide)
     save_figure(figure, path)
     return said
 

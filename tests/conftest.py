@@ -1,6 +1,7 @@
 """What the tests share: the repository on the path, data, and scripts run as a user starts them."""
 # ruff: noqa: E402  what is set in the environment must stand before the imports that read it
 
+import io
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small work, on machines that often run something else too
 
 import torch
+from PIL import Image
 
 GPU = torch.cuda.is_available()
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -19,8 +21,13 @@ if not GPU:
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import numpy as np
 import pytest
 
+import data_kitti
+import data_waymo
+import eval_waymo
+import ops_boxes
 import ops_triton
 import synthetic
 
@@ -40,6 +47,53 @@ def scenes(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def waymo_scenes(scenes, tmp_path_factory):
+    """The same as data_waymo.py leaves Waymo's frames, whole and with elongation: a segment to train on, one held out.
+
+    What the camera sees is there once more, mirrored, behind it. The road is at z = 0, and the camera looks 20 degrees
+    to the left of where the car does.
+    """
+    root = tmp_path_factory.mktemp("data") / "waymo"
+    options = data_waymo.Options(every=1, cameras=("FRONT",), whole=True, elongation=True)
+    data_waymo.begin(root, options, {"training", "validation"})
+    up, turn = np.eye(4), np.eye(4)
+    up[2, 3] = 1.73
+    c, s = np.cos(0.35), np.sin(0.35)
+    turn[:2, :2] = [[c, s], [-s, c]]
+    for split, name, segment in (("training", "train", "10_000_020_000"), ("validation", "val", "20_000_040_000")):
+        ids = []
+        for i, frame in enumerate(data_kitti.find_frames(scenes, [name])):
+            rng, image = np.random.default_rng(i), frame.read_image()
+            p2, velo2cam = data_kitti.split_projection(frame)
+            camera_from_cloud = np.vstack([velo2cam, [0, 0, 0, 1]]) @ np.linalg.inv(up)
+            view = data_waymo.View(turn, camera_from_cloud, p2, image.shape[1], image.shape[0])
+            to_vehicle = np.linalg.inv(turn) @ up
+            points = frame.read_points().astype(float)
+            points = np.concatenate([points, points * [-1, 1, 1, 1]])
+            rest = np.stack([points[:, 3], rng.random(len(points)), rng.random(len(points)) < 0.01], 1)
+            vehicle_points = np.hstack([data_waymo.move(points[:, :3], to_vehicle), rest])
+            types, numbers = data_kitti.read_labels(frame.label)
+            known = np.isin(types, ["Car", "Van", "Pedestrian", "Cyclist"])
+            kinds = [{"Pedestrian": 2, "Cyclist": 4}.get(kind, 1) for kind in types[known]]
+            boxes = ops_boxes.label_to_box(numbers[known, 7:14], velo2cam)
+            behind = boxes * [-1, 1, 1, 1, 1, 1, -1] + [0, 0, 0, 0, 0, 0, np.pi]
+            boxes, kinds = ops_boxes.transform_boxes(np.concatenate([boxes, behind]), to_vehicle), kinds * 2
+            columns = {"points": ops_boxes.points_in_boxes(vehicle_points, boxes).sum(0)}
+            columns["id"] = [f"object {j}" for j in range(len(boxes))]
+            stamp = 1_500_000_000_000_000 + 100_000 * i
+            labels = eval_waymo.make_objects([(segment, stamp)], np.zeros(len(boxes)), kinds, boxes, **columns)
+            ids.append(f"{segment}_{stamp}_FRONT")
+            jpeg = io.BytesIO()
+            Image.fromarray(image).save(jpeg, "JPEG", quality=95)
+            files = data_waymo.frame_files(ids[-1], view, jpeg.getvalue(), vehicle_points, labels, options)
+            for path, content in files:
+                (root / "training" / path).write_bytes(content)
+        (root / "segments" / split / f"{segment}.txt").write_text("".join(f"{i}\n" for i in ids))
+    data_waymo.write_lists(root)
+    return root
+
+
 def folder_from(variable):
     """The folder that an environment variable names, from the repository on. Skips the test where it names none."""
     if not os.environ.get(variable):
@@ -51,6 +105,12 @@ def folder_from(variable):
 def kitti():
     """A KITTI object root with real frames in train, val and test."""
     return folder_from("SIMIPU_KITTI")
+
+
+@pytest.fixture(scope="session")
+def waymo():
+    """A folder of Waymo's Parquet files with a frame to train on, and its metric tool's own fixture."""
+    return folder_from("SIMIPU_WAYMO")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data
 import eval_waymo
 import ops_boxes
 from eval_waymo import make_objects
@@ -259,6 +260,31 @@ def test_a_half_turn_is_lost_where_waymos_tool_loses_it():
     figures = vehicle_figures(make_objects(frames, *columns, found[some]), truths)
     assert figures["LEVEL_1"]["mAP"] == pytest.approx((2 / len(some)) ** 2)
     assert vehicle_figures(truths, truths)["LEVEL_1"]["mAP"] == 1
+
+
+def test_published_figures_stand_beside_all_of_validation_alone(monkeypatch):
+    monkeypatch.setattr(eval_waymo, "VAL_SEGMENTS", data.fingerprint(["a", "b"]))
+    monkeypatch.setattr(eval_waymo, "VAL_FRAMES", 3)
+    frames = [("b", 1), ("a", 1), ("a", 2), ("a", 3)]
+    assert eval_waymo.is_standard(frames)
+    assert not eval_waymo.is_standard(frames[:3] + frames[:1]) and not eval_waymo.is_standard([*frames, ("c", 1)])
+    assert not eval_waymo.is_standard([("a", i) for i in range(9)])
+    found = eval_waymo.evaluate(vehicles(boxes(0), score=0.5), vehicles(boxes(0)))
+    lines = eval_waymo.table(found, published=True)
+    assert lines[-4].split() == "SECOND, no image: VEHICLE - 67.10 66.60 - 58.70 58.20".split()
+    assert len({len(line) for line in lines[3:]}) == 1 and len(lines) == len(eval_waymo.table(found)) + 4
+
+
+def test_a_box_that_two_cameras_see_is_taken_once():
+    """The better one; at the same moment, of the same type, above the overlap alone."""
+    moment, later = [FRAME], [("segment", 2000)]
+    left = make_objects(moment, [0, 0], [1, 2], boxes(0, 20), score=[0.6, 0.5])
+    right = make_objects(moment, [0, 0, 0], [1, 1, 1], boxes(0.5, 3.5, 20), score=[0.7, 0.4, 0.3])
+    then = make_objects(later, [0, 0], 1, boxes(0, 0.5), score=0.2)
+    found = eval_waymo.join_detections([left, right, then], 0.25)
+    assert (
+        found.score.tolist() == np.float32([0.5, 0.7, 0.4, 0.3, 0.2, 0.2]).tolist() and found.frames == moment + later
+    )
 
 
 # -----------------------------------------------------------------------------
