@@ -26,10 +26,10 @@ def copy(scenes, tmp_path):
     return root
 
 
-def broken_lines(done):
+def broken_lines(status, said, err):
     """The report's list of what is broken, and nothing else than exit status 1 and a last line that says so."""
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    lines = done.stdout.splitlines()
+    assert status == 1 and "Traceback" not in err, err
+    lines = said.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("broken: "))
     lines = [line for line in lines[start + 1 :] if line.strip()]
     assert lines[-1].startswith(f"BROKEN: {len(lines) - 1} "), lines[-1]
@@ -69,7 +69,7 @@ def test_sound_data(run_script, scenes, tmp_path):
     assert picture.shape[0] > 1000 and colourful > 0.02
 
 
-def test_everything_broken_is_named_at_once(run_script, copy):
+def test_everything_broken_is_named_at_once(run_here, copy):
     t = copy / "training"
     (t / "image_2" / "000000.png").unlink()
     (t / "velodyne" / "000000.bin").write_bytes(b"12345")  # a second fault of the same frame
@@ -88,7 +88,7 @@ def test_everything_broken_is_named_at_once(run_script, copy):
     points.tofile(t / "velodyne" / "000007.bin")
     with open(copy / "ImageSets" / "val.txt", "a") as f:
         f.write("000000\n")
-    lines = broken_lines(run_script("data_check.py", *ALL, copy))
+    lines = broken_lines(*run_here(data_check, *ALL, copy))
     expected = {
         f"{t}/image_2/000000.png: missing",
         f"{t}/velodyne/000000.bin: truncated, 5 bytes",
@@ -129,12 +129,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_calibration(run_script, copy, name, capsys):
+def test_wrong_calibration(run_here, copy, name, capsys):
     change, words = WRONG[name]
     recalibrate(copy, change)
     if name == "yaw 3":
-        lines = broken_lines(run_script("data_check.py", *ALL, copy))
-    else:  # the same without seconds of imports
+        lines = broken_lines(*run_here(data_check, *ALL, copy))
+    else:  # the same without its picture
         findings = data_check.Findings()
         data_check.check_root(copy, (), 1, 0, False, 1, findings)
         lines = list(findings.broken.values())
@@ -205,11 +205,11 @@ def test_one_root_twice_is_noted(scenes, tmp_path, capsys):
     assert "--data-root: 2 frames are in two of them" in capsys.readouterr().out
 
 
-def test_raw_drives(run_script, raw_drive, scenes, tmp_path, capsys):
-    done = run_script("data_check.py", *ALL, raw_drive, scenes, "--max-frames", 3)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_raw_drives(run_here, raw_drive, scenes, tmp_path, capsys):
+    status, said, err = run_here(data_check, *ALL, raw_drive, scenes, "--max-frames", 3)
+    assert status == 0, said + err
     for words in ("1: 2011_09_26_drive_0001_sync 3", "4, only 3 of them read (--max-frames)", "3 frames; 8 are needed"):
-        assert words in done.stdout
+        assert words in said
     root = tmp_path / "raw"
     shutil.copytree(raw_drive, root)
     clouds = sorted(root.rglob("*.bin"))
@@ -243,8 +243,9 @@ def test_shared_drives(copy, capsys):
         (["--data-root", "nowhere"], ["nowhere: no such folder"]),
     ],
 )
-def test_bad_arguments_are_one_line(run_script, tmp_path, arguments, words):
-    fails(run_script("data_check.py", *arguments), *words)
+def test_bad_arguments_are_one_line(run_here, tmp_path, arguments, words):
+    status, _, err = run_here(data_check, *arguments)
+    fails(status, err, *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -266,8 +267,8 @@ def test_arguments_that_cannot_work(scenes, tmp_path, monkeypatch, arguments, wo
     assert not list(tmp_path.iterdir())
 
 
-def test_real_frames(run_script, kitti):
+def test_real_frames(run_here, kitti):
     roots = [kitti, *([kitti / "raw"] if (kitti / "raw").is_dir() else [])]
-    done = run_script("data_check.py", "--max-frames", 10, "--data-root", *roots)
-    assert done.returncode == 0 and "broken" not in done.stdout, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("OK: ") and "agree best" in done.stdout
+    status, said, err = run_here(data_check, "--max-frames", 10, "--data-root", *roots)
+    assert status == 0 and "broken" not in said, said + err
+    assert said.splitlines()[-1].startswith("OK: ") and "agree best" in said

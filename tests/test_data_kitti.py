@@ -174,21 +174,21 @@ def test_broken_data_is_one_line(copy, breaker):
     assert expected in str(error.value) and "\n" not in str(error.value) and str(copy) in str(error.value)
 
 
-def fails(done, *words):
+def fails(status, err, *words):
     """One line, exit 1, nothing written."""
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert status == 1 and "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
     for word in words:
         assert str(word) in lines[0], lines[0]
 
 
 @pytest.mark.parametrize("breaker, workers", [(remove_root, 0), (broken_png, 0), (no_p2, 1)])
-def test_script_reports_broken_data(run_script, copy, tmp_path, breaker, workers):
+def test_script_reports_broken_data(run_here, copy, tmp_path, breaker, workers):
     expected = breaker(copy)
     flags = ["--synthetic-frames", 0, *MINI, "--batch-size", 6, "--group", 2, "--workers", workers, "--max-steps", 2]
-    done = run_script("simipu.py", "demo", "--data-root", copy, *flags)
-    fails(done, expected, copy)
+    status, _, err = run_here(simipu, "demo", "--data-root", copy, *flags)
+    fails(status, err, expected, copy)
     assert not (tmp_path / "out").exists()
 
 

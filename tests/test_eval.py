@@ -126,11 +126,11 @@ def test_other_numbers_that_cannot_be(run_here, stand_ins, arguments):
 # match and probe
 
 
-def test_match_command(run_script, run_here, runs, scenes, tmp_path):
+def test_match_command(run_here, runs, scenes, tmp_path):
     true, wrong = runs
-    done = run_script("eval.py", "match", true, "--control", wrong, "--json", tmp_path / "figures.json")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    status, out, err = run_here(evaluate, "match", true, "--control", wrong, "--json", tmp_path / "figures.json")
+    assert status == 0, err
+    lines = out.splitlines()
     assert "matching on 2 frames" in lines[0]
     assert [line.split()[0] for line in lines[3:]] == ["random", "wrong", "true"]
     model, c, _ = evaluate.load_run(true)
@@ -178,12 +178,12 @@ def test_notes_of_match():
     assert "other frames of 1 of these drives, drive 7 among them" in drives
 
 
-def test_probe_command(run_script, runs, scenes):
+def test_probe_command(run_here, runs, scenes):
     true, wrong = runs
     judged = ["--data-root", scenes, "--splits", "trainval", "--points", 100]
-    done = run_script("eval.py", "probe", true, "--also", wrong.with_name("backbone.pt"), *judged)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    status, out, err = run_here(evaluate, "probe", true, "--also", wrong.with_name("backbone.pt"), *judged)
+    assert status == 0, err
+    lines = out.splitlines()
     assert any("was trained on 6 of these 8 frames" in line for line in lines)
     assert any("fitted and scored on 8 frames, 100 points each" in line for line in lines)
     rows = [re.match(r"(.*?) +(-?\d\.\d+) \(", line).groups() for line in lines[-5:]]

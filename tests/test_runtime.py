@@ -69,8 +69,9 @@ def test_flags_that_cannot_work(scenes, tmp_path, monkeypatch, flags, words):
 
 def test_script_reports_bad_flags(run_script, scenes, tmp_path):
     done = run_script("simipu.py", "demo", "--data-root", scenes, *MINI, "--places", 300)
-    fails(done, "--places 300", "--num-points 1024")
-    fails(run_script("simipu.py", "demo", "--plaices", 300), "--plaices")
+    fails(done.returncode, done.stderr, "--places 300", "--num-points 1024")
+    done = run_script("simipu.py", "demo", "--plaices", 300)
+    fails(done.returncode, done.stderr, "--plaices")
     assert not (tmp_path / "out").exists()
 
 

@@ -522,7 +522,7 @@ def test_export_refuses(finished, tmp_path):
     assert all(k.startswith("img_backbone.") for k in torch.load(out, weights_only=True)["state_dict"])
 
 
-def test_the_commands(run_script, run_here, scenes, tmp_path):
+def test_the_commands(run_here, scenes, tmp_path):
     """A run's backbone.pt says what it is; the run is exported, and starts another run, whose first step is that of its
     weights.
     """
@@ -532,19 +532,19 @@ def test_the_commands(run_script, run_here, scenes, tmp_path):
     assert (saved["channels"], saved["arch"], saved["step"]) == ("RGB", "resnet18", 2)
     assert (tuple(saved["mean"]), tuple(saved["std"])) == (MEAN, STD)
     assert len(saved["state_dict"]) == 122 - 2  # torchvision's resnet18 has two more, of its classifier
-    done = run_script("eval.py", "export", "out/demo/last.pt", "--format", "mmdet3d", "--out", "it.pth")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("it.pth: 330 tensors")
+    status, out, err = run_here(evaluate, "export", "out/demo/last.pt", "--format", "mmdet3d", "--out", "it.pth")
+    assert status == 0, err
+    assert out.startswith("it.pth: 330 tensors")
     assert json.loads((tmp_path / "it.json").read_text())["arch"] == "resnet18"
     refused = run_here(evaluate, "export", "out/demo/backbone.pt", "--format", "points", "--out", "points.pth")
     assert refused == (1, "", "error: out/demo/backbone.pt: holds no trained point encoder; export last.pt\n")
     assert not list(tmp_path.glob("points.*"))
 
     slow = ["--max-steps", 1, "--image-lr", 1e-12, "--point-lr", 1e-12]
-    done = run_script("simipu.py", *start, *slow, "--name", "again", "--init", "it.pth", "--init-points", "it.pth")
-    assert done.returncode == 0, done.stderr
+    status, out, err = run_here(simipu, *start, *slow, "--name", "again", "--init", "it.pth", "--init-points", "it.pth")
+    assert status == 0, err
     for tensors in (120, 180):
-        assert f"it.pth: {tensors} tensors loaded (100% of the parameters)" in done.stdout
+        assert f"it.pth: {tensors} tensors loaded (100% of the parameters)" in out
     before, after = (
         torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["model"] for name in ("demo", "again")
     )
