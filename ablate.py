@@ -201,8 +201,9 @@ def check_options(options):
             raise BadInput(f"--{flag}: nothing given")
     if options.curve and not options.frames:
         raise BadInput("--curve: give --frames, which it is drawn against")
-    if options.task != "match" and options.frames and not any("{frames}" in init for init in options.inits):
-        raise BadInput("--frames: no {frames} in --inits")
+    counted = any("{frames}" in init for init in options.inits)
+    if options.task != "match" and counted != bool(options.frames):
+        raise BadInput("--frames: wants {frames} in --inits, and is wanted by it")
 
 
 def variants_of(options):

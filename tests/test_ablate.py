@@ -92,7 +92,8 @@ def test_ablation_of_depth(run_here, scenes, tmp_path):
         ("--eval-splits", "--eval-splits: an ablation needs frames to judge on"),
         ("--only SimIPU --frames 99", "--frames 99: there are 6"),
         ("--curve x.png", "--curve: give --frames"),
-        ("--task depth --frames 4", "--frames: no {frames} in --inits"),
+        ("--task depth --frames 4", "--frames: wants {frames} in --inits"),
+        ("--task depth --inits x{frames}", "--frames: wants {frames} in --inits"),
         ("--max-steps 1", "--max-steps 1: too few for groups of 8"),  # 0 would be as many as --epochs has
     ],
 )

@@ -454,6 +454,10 @@ def test_export(finished, tmp_path, depth):
 
 def test_exported_points_say_what_they_see(finished, tmp_path):
     folder, model = finished(point_features=("height", "shape"))
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    c = runtime.config_of(saved, simipu.Config, "last.pt", "simipu.py")
+    assert c.point_features == ("height", "shape")
+    runtime.load_exactly(simipu.SimIPU(c), saved["model"], "last.pt")
     weights.export(folder / "last.pt", format="points", out=tmp_path / "points.pth")
     meta = json.loads((tmp_path / "points.json").read_text())
     shape = ["linearity", "planarity", "scattering", "|normal z|"]
