@@ -155,8 +155,8 @@ PRESETS = {
         Config(
             name="mono3d_demo", dataset="kitti", data_root=("data/synthetic",), synthetic_frames=64, workers=1,
             image_scale=(320, 96), image_encoder="resnet18", deformable=False, freeze=False, width=64,
-            ranges=(32.0, 64.0, 128.0, 256.0), first_depth=20.0, batch_size=4, group=4, max_steps=180,
-            optimizer="adamw", lr=3e-3, warm_up=18, clip=10.0, log_every=10, save_every=60,
+            ranges=(32.0, 64.0, 128.0, 256.0), first_depth=20.0, batch_size=4, group=4, max_steps=720,
+            optimizer="adamw", lr=3e-3, warm_up=18, clip=10.0, log_every=10, save_every=120,
         ),
     ),
     "kitti": (
