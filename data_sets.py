@@ -51,12 +51,14 @@ def pool_frames(
     skip_missing=False,
     flag="--splits",
     named=True,
+    limit=0,
 ):
-    """Frames of several folders, none of them twice. -> frames, notes to print.
+    """Frames of several folders, none of them twice. -> data.Frames, notes to print.
 
     cameras, version: of nuScenes alone. All else, and what is raised, as data_kitti.pool_frames and
     data_nuscenes.pool_frames have it.
     """
     if all_nuscenes(roots):
-        return data_nuscenes.pool_frames(roots, splits or (), cameras, version, frame_stride, skip_missing, flag)
-    return data_kitti.pool_frames(roots, splits, frame_stride, skip_missing, flag, named)
+        rules = cameras, version, frame_stride, skip_missing, flag, limit
+        return data_nuscenes.pool_frames(roots, splits or (), *rules)
+    return data_kitti.pool_frames(roots, splits, frame_stride, skip_missing, flag, named, limit)

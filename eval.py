@@ -105,8 +105,7 @@ def choose_frames(c, data_root, splits, limit, frame_stride):
     roots, named = data_root or c.eval_root or c.data_root, bool(splits)
     version = "auto" if data_root else c.version
     asked = dataclasses.replace(c, frame_stride=frame_stride, version=version)
-    frames = simipu.find_frames(asked, roots, splits or c.eval_splits, named)
-    frames = data.evenly_spread(frames, limit or c.eval_frames)
+    frames = simipu.find_frames(asked, roots, splits or c.eval_splits, named, limit or c.eval_frames)
     if len(frames) < 2:
         where = f"--data-root {' '.join(map(str, roots))}"
         need = "judging needs two or more, for the other frame's image"
@@ -119,13 +118,12 @@ def seen_in_training(frames, files):
     their drives.
     """
     notes = []
-    own_drives = {f.drive for f in frames}
     for name, saved in files.items():
-        seen = set(data.inventory(frames)) & set(saved.get("inventory", ()))
-        drives = own_drives & set(saved.get("drives", ()))
+        seen = data.count_seen(frames, saved.get("inventory", ()))
+        drives = data.drives_of(frames) & set(saved.get("drives", ()))
         where = None
         if seen:
-            where = f"{len(seen)} of these {len(frames)} frames"
+            where = f"{seen} of these {len(frames)} frames"
         elif drives:
             where = f"other frames of {len(drives)} of these drives, {min(drives)} among them"
         if where:
@@ -147,7 +145,8 @@ def match(
     frame_stride: int = 1,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ):
-    """Does a place point out its own pixel, on frames of drives not trained on? Beside a random network, always.
+    """Does a place point out its own pixel, on frames of drives not trained on? Beside a random network, always. Under
+    torchrun every process judges its share.
 
     Args:
         checkpoints: A run's last.pt, or several.
@@ -162,7 +161,8 @@ def match(
     at_least(1, frames=frames, frame_stride=frame_stride)
     if not checkpoints:
         raise BadInput("match: no checkpoint given")
-    device = runtime.start_run(device).device
+    process = runtime.start_run(device)
+    device = process.device
     names = names_of(checkpoints, ("random", "wrong pairs"))
     runs = {name: load_run(path, device) for name, path in names.items()}
     first = next(iter(runs.values()))
@@ -177,10 +177,11 @@ def match(
     if control:
         notes += other_budget(wrong, first)
 
-    rows = {"random": eval_match.match(simipu.untrained(first.c, device), chosen, first.c, device)}
+    rows = {"random": eval_match.match(simipu.untrained(first.c, device), chosen, first.c, device, process)}
     for name, run in runs.items():
-        rows[name] = eval_match.match(run.model, chosen, run.c, device)
-    print("\n".join(notes + eval_match.match_table(rows)))
+        rows[name] = eval_match.match(run.model, chosen, run.c, device, process)
+    if process.main:
+        print("\n".join(notes + eval_match.match_table(rows)))
 
 
 def other_settings(runs, first):
@@ -422,7 +423,7 @@ def depth(
         if not preset:
             presets = ", ".join(finetune_depth.PRESETS)
             raise BadInput(f"{source}: a folder of predictions; --preset must say of what: {presets}")
-        model, c, trained_on = None, finetune_depth.PRESETS[preset][1], set()
+        model, c, trained_on = None, finetune_depth.PRESETS[preset][1], ()
     else:
         model, c, trained_on = load_depth_run(source, preset, run.device)
     pairs, notes = data_depth.find_pairs(
@@ -433,10 +434,9 @@ def depth(
         frame_stride or c.frame_stride,
         skip_missing or c.skip_missing,
         named=bool(splits),
+        limit=c.eval_frames if frames is None else frames,
     )
-    limit = c.eval_frames if frames is None else frames
-    pairs = data.evenly_spread(pairs, limit or len(pairs))
-    seen = len(trained_on & set(data.inventory(pairs)))
+    seen = data.count_seen(pairs, trained_on)
     if seen:
         notes.append(f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter")
 
@@ -470,8 +470,8 @@ def depth(
 
 def load_depth_run(path, preset, device):
     """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of; a preset with a
-    last.pt says what other data it is to be judged on. -> model in eval mode, Config, names and sizes of the files it
-    was trained on. Raises BadInput for any other file.
+    last.pt says what other data it is to be judged on. -> model in eval mode, Config, the inventory of what it was
+    trained on. Raises BadInput for any other file.
     """
     saved = read_checkpoint(path)
     theirs = saved.get("state_dict") if isinstance(saved, dict) else None
@@ -487,7 +487,7 @@ def load_depth_run(path, preset, device):
             c = dataclasses.replace(finetune_depth.PRESETS[preset][1], **own)
     model = finetune_depth.DepthNet(c)
     runtime.load_exactly(model, tensors, path)
-    return model.to(device, memory_format=torch.channels_last).eval(), c, set(saved.get("inventory", ()))
+    return model.to(device, memory_format=torch.channels_last).eval(), c, saved.get("inventory", ())
 
 
 def det3d(
@@ -520,14 +520,14 @@ def det3d(
     if os.path.isdir(source):
         if not data_root:
             raise BadInput(f"{source}: a folder of result files; --data-root must say of what")
-        model, c, trained_on = None, finetune_det3d.Config(), set()
+        model, c, trained_on = None, finetune_det3d.Config(), ()
     else:
         model, c, trained_on = load_detector_run(source, run.device)
     roots = data_root or c.eval_root or c.data_root
     chosen = data_det3d.find_frames(roots, splits or c.eval_splits or ("val",), skip_missing or c.skip_missing)
     limit = c.eval_frames if frames is None else frames
     chosen = data.evenly_spread(chosen, limit or len(chosen))
-    seen = len(trained_on & set(data.inventory(chosen)))
+    seen = data.count_seen(chosen, trained_on)
     if seen:
         print(f"note: {source} was trained on {seen} of these {len(chosen)} frames: its figures will flatter")
 
@@ -544,7 +544,7 @@ def det3d(
 
 
 def load_detector_run(path, device):
-    """finetune_det3d's last.pt -> model in eval mode, Config, names and sizes of the files it was trained on.
+    """finetune_det3d's last.pt -> model in eval mode, Config, the inventory of what it was trained on.
 
     Raises BadInput for any other file.
     """
@@ -552,7 +552,7 @@ def load_detector_run(path, device):
     c = runtime.config_of(saved, finetune_det3d.Config, path, "finetune_det3d.py")
     model = finetune_det3d.Detector(c)
     runtime.load_exactly(model, saved["model"], path, saved.get("git"))
-    return model.to(device).eval(), c, set(saved.get("inventory", ()))
+    return model.to(device).eval(), c, saved.get("inventory", ())
 
 
 def find_results(folder, frames):

@@ -742,7 +742,7 @@ def train(c):
             stats = loop.report(step // steps_per_epoch, stats)
             loop.bar.set_postfix_str(f"loss {stats['loss']:.3f}")
         if loop.saving:  # first: judging may stop at a broken file
-            loop.save(inventory=inventory)
+            loop.save(inventory=data.digests(inventory))
         if loop.judging:
             loop.judge()
     if not loop.stopping:
