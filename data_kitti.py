@@ -99,6 +99,7 @@ class Source:
         self.index, self.stamp = index, [[folder.name, *data_index.of_folder(folder)] for folder in folders]
         self.large = any(count >= INDEXED for _, _, count in self.stamp)
         found = data_index.find(index, self.stamp, self.fits) if self.large else None
+        self.indexed = found is not None
         self.take(found or self.listed())
 
     def take(self, arrays):
@@ -192,7 +193,7 @@ class Source:
     def sizes_of(self, rows):
         """(n, 3): 0 for a file that is missing, empty or none. Each is asked for once."""
         unknown = np.unique(rows[self.size[rows, 0] < 0])
-        if self.large and len(unknown) > SAMPLED:
+        if self.large and not self.indexed and len(unknown) > SAMPLED:
             self.make_index()
         elif len(unknown):
             self.size[unknown] = [self.ask_sizes(row) for row in unknown.tolist()]

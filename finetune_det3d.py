@@ -632,7 +632,7 @@ def check_config(c, world):
 def load_frames(c, run):
     """-> frames to train on, frames held out, notes to print. Raises BadInput as data_det3d.pool_frames."""
     synthetic.write_scenes(c, run)
-    train, notes = data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing)
+    train, notes = runtime.main_first(run, lambda: data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing))
     held_out, flag = [], "--eval-splits"
     if c.eval_splits or c.eval_root:
         held_out, more = data_det3d.pool_frames(c.eval_root or c.data_root, c.eval_splits, c.skip_missing, flag)
@@ -691,7 +691,7 @@ def train(c):
     labelled = {"frames": data.fingerprint(data_det3d.inventory(frames))}
     identity = runtime.as_json(c, without=FREE) | {"group": group} | labelled | start
     judgement = (lambda: eval_boxes.judge(model, held_out, c, run)) if held_out else None
-    loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "det3d", judgement)
+    loop = Loop(c, run, model, optimizers, identity, data.Names(frames), "det3d", judgement)
     bank = data_det3d.open_bank(frames, loop.folder, c.keep_rows, run) if c.moca else None
     dataset = data_det3d.DetectionFrames(frames, c, model.layout, bank)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
