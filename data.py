@@ -13,6 +13,7 @@ Pixels are (u, v) with (0, 0) at the centre of the top-left pixel. Points are x,
 business of its own file: data_kitti.py.
 """
 
+import collections.abc
 import contextlib
 import dataclasses
 import hashlib
@@ -117,25 +118,112 @@ class Frame:
         return read_cloud(self.cloud, self.rig.columns, kept=columns)
 
 
+class Frames(collections.abc.Sequence):
+    """Frames that are made when they are asked for: a hundred thousand of them would be hundreds of megabytes, in every
+    loading process again. Some bytes of each are kept, in arrays that these share.
+
+    sources: what knows frames. A source has frame(*cell), and of many at once, cells (n, k): names(cells), a list;
+    images(cells), a list of paths without links in them; sizes(cells) (n, 2), bytes of images and clouds;
+    drives(cells), a set; sweeps(cells) (n,), equal for those of one cloud. cells (N, 1 + k) int32: which source, then
+    its cell. make: what is handed out is make(frame).
+    """
+
+    def __init__(self, sources, cells, make=None):
+        self.sources, self.cells, self.make = sources, cells, make
+
+    def __len__(self):
+        return len(self.cells)
+
+    def __getitem__(self, i):
+        """One, or for a slice or an array of indices Frames."""
+        if isinstance(i, slice | np.ndarray):
+            return Frames(self.sources, self.cells[i], self.make)
+        which, *cell = self.cells[i].tolist()
+        frame = self.sources[which].frame(*cell)
+        return self.make(frame) if self.make else frame
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def parts(self):
+        """(source, where its frames stand (n,), their cells), source by source."""
+        for which, source in enumerate(self.sources):
+            where = np.flatnonzero(self.cells[:, 0] == which)
+            if len(where):
+                yield source, where, self.cells[where, 1:]
+
+    def ask(self, what, dtype=object):
+        """what(source, cells), a list or an array, of all frames in their order: (N,)."""
+        answers = np.empty(len(self), dtype)
+        for source, where, cells in self.parts():
+            answers[where] = what(source, cells)
+        return answers
+
+
+def join(parts):
+    """Frames of several lists of Frames, one after another. A source that several have stays one."""
+    sources, cells = {}, []
+    for frames in parts:
+        numbers = np.array([sources.setdefault(source, len(sources)) for source in frames.sources], np.int32)
+        own = frames.cells.copy()
+        own[:, 0] = numbers[own[:, 0]] if len(own) else 0
+        cells.append(own)
+    return Frames(list(sources), np.concatenate(cells) if cells else np.zeros((0, 2), np.int32))
+
+
+class Names(collections.abc.Sequence):
+    """Names of frames, each when it is asked for."""
+
+    def __init__(self, frames):
+        self.frames = frames
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, i):
+        return self.frames[i].name
+
+
+def names_of(frames):
+    """All names at once, a list."""
+    if isinstance(frames, Frames):
+        return frames.ask(lambda source, cells: source.names(cells)).tolist()
+    return [f.name for f in frames]
+
+
+def drives_of(frames):
+    """The recordings that they are from, a set, as far as that is known."""
+    if isinstance(frames, Frames):
+        return {drive for source, _, cells in frames.parts() for drive in source.drives(cells) if drive}
+    return {f.drive for f in frames if f.drive}
+
+
 def without_repeats(frames):
     """Frames, or Pairs, less those whose image has come before, be it by another path. -> the rest; what was left out.
 
-    Folders are resolved once each; a path costs the disk one question, whether it is a link.
+    Folders are resolved once each; a path costs the disk one question, whether it is a link, and Frames know that.
     """
-    folders, seen, kept, repeats = {}, set(), [], []
-    for frame in frames:
-        folder, name = os.path.split(frame.image)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        image = os.path.join(folders[folder], name)
-        if os.path.islink(image):
-            image = os.path.realpath(image)
-        if image in seen:
-            repeats.append(frame)
-        else:
-            kept.append(frame)
-            seen.add(image)
-    return kept, repeats
+    if isinstance(frames, Frames):
+        images = frames.ask(lambda source, cells: source.images(cells)).tolist()
+    else:
+        images, folders = [], {}
+        for folder, name in (os.path.split(f.image) for f in frames):
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            image = os.path.join(folders[folder], name)
+            images.append(os.path.realpath(image) if os.path.islink(image) else image)
+    seen, kept, repeats = set(), [], []
+    for i, image in enumerate(images):
+        (repeats if image in seen else kept).append(i)
+        seen.add(image)
+    return (take(frames, kept), take(frames, repeats)) if repeats else (frames, frames[:0])
+
+
+def take(frames, indices):
+    """These of the frames: Frames, or a list."""
+    if isinstance(frames, Frames):
+        return frames[np.array(indices, np.int64)]
+    return [frames[i] for i in indices]
 
 
 def note_repeats(repeats, flag):
@@ -149,13 +237,19 @@ def note_repeats(repeats, flag):
 def evenly_spread(items, limit):
     """As many of the items, in order, or all if there are no more."""
     keep = min(limit, len(items))
-    return [items[i * len(items) // keep] for i in range(keep)]
+    return take(items, [i * len(items) // keep for i in range(keep)])
 
 
 def inventory(frames, clouds=True):
     """One line a frame, in order: its name, and the bytes of its files. Equal lines are equal data, wherever they
     lie. clouds=False: of its image alone.
     """
+    if isinstance(frames, Frames):
+        images = frames.ask(lambda source, cells: source.sizes(cells)[:, 0], np.int64).tolist()
+        columns = [names_of(frames), images]
+        if clouds:
+            columns.append(frames.ask(lambda source, cells: source.sizes(cells)[:, 1], np.int64).tolist())
+        return [" ".join(map(str, line)) for line in zip(*columns)]
     files_of = lambda f: f.files if clouds else [f.image]
     return [" ".join([f.name, *(str(path.stat().st_size) for path in files_of(f))]) for f in frames]
 
@@ -165,10 +259,28 @@ def fingerprint(lines):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def check_unseen(frames, held_out, flag):
-    """Raises BadInput, naming the flag, for held-out frames with the name and the bytes of one that is trained on."""
-    names = {f.name for f in frames} & {f.name for f in held_out}  # usually none: nothing is asked of the disk
-    trained, judged = (set(inventory([f for f in some if f.name in names])) for some in (frames, held_out))
+def digests(lines):
+    """An inventory as a checkpoint holds it, to know its frames again: a hash of eight bytes each, int64 (n,)."""
+    hashed = [hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines]
+    return torch.from_numpy(np.frombuffer(b"".join(hashed), "<i8").copy())
+
+
+def count_seen(lines, known):
+    """How many of an inventory's lines are in that of a checkpoint, `digests` or, as it was once, lines."""
+    known = known if torch.is_tensor(known) else digests(known)
+    return len(set(digests(lines).tolist()) & set(known.tolist()))
+
+
+def check_unseen(frames, held_out, flag, inventory=inventory):
+    """Raises BadInput, naming the flag, for held-out frames with the name and the bytes, which `inventory` asks for, of
+    one that is trained on.
+    """
+    both = names_of(frames), names_of(held_out)
+    names = set(both[0]).intersection(both[1])  # usually none: nothing is asked of the disk
+    trained, judged = (
+        set(inventory(take(some, [i for i, name in enumerate(own) if name in names])))
+        for some, own in zip((frames, held_out), both)
+    )
     seen = sorted(trained & judged)
     if seen:
         first = seen[0].split()[0]
@@ -177,7 +289,7 @@ def check_unseen(frames, held_out, flag):
 
 def shared_drives(frames, held_out, flag):
     """A note to print where held-out frames are of drives that are trained on, else None."""
-    drives = sorted({f.drive for f in frames if f.drive} & {f.drive for f in held_out})
+    drives = sorted(drives_of(frames) & drives_of(held_out))
     if not drives:
         return None
     return f"note: {flag} shares {len(drives)} drives with training, {drives[0]} among them: its figures will flatter"
@@ -446,6 +558,13 @@ class Batches:
 
 def sweeps_of(frames):
     """A number (n,) for each frame, equal for those of one cloud."""
+    if isinstance(frames, Frames):
+        numbers, taken = np.zeros(len(frames), np.int64), 0
+        for source, where, cells in frames.parts():
+            own = source.sweeps(cells)
+            numbers[where] = taken + own
+            taken += own.max() + 1
+        return numbers
     numbers = {}
     return np.array([numbers.setdefault(str(f.cloud), len(numbers)) for f in frames])
 

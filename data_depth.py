@@ -51,23 +51,26 @@ class Pair:
 
 
 def find_pairs(
-    dataset, roots, depth_root="", splits=(), frame_stride=1, skip_missing=False, flag="--splits", named=True
+    dataset, roots, depth_root="", splits=(), frame_stride=1, skip_missing=False, flag="--splits", named=True, limit=0
 ):
     """All pairs of `splits`. -> pairs, notes to print.
 
     splits: split files for kitti and nyu (looked up in the roots, too), the data set's own for the other two.
     roots: folders of images; several are pooled. depth_root: folder of ground truth, "" for the same. skip_missing
-    leaves out pairs that lack one of their files. flag, named: as data_kitti.pool_frames takes them.
+    leaves out pairs that lack one of their files. flag, named, limit: as data_kitti.pool_frames takes them.
     Raises BadInput for what is missing or cannot be understood.
     """
     if dataset in ("kitti", "nyu"):
         pairs, notes = _listed_pairs(dataset, roots, depth_root, splits, skip_missing, flag)
     else:
         rules = {"frame_stride": frame_stride, "skip_missing": skip_missing, "flag": flag, "named": named}
-        frames, notes = data_sets.pool_frames(roots, splits, **rules)
-        make = _scene if dataset == "scenes" else _sweep
-        pairs = [make(frame) for frame in frames]
-    if not pairs:
+        frames, notes = data_sets.pool_frames(roots, splits, **rules, limit=limit)
+        if dataset == "scenes":
+            pairs = [_scene(frame) for frame in frames]
+        else:
+            pairs = data.Frames(frames.sources, frames.cells, _sweep)
+    pairs = data.evenly_spread(pairs, limit or len(pairs))
+    if not len(pairs):
         where = f"{flag} {' '.join(map(str, splits)) or '(none given)'}"
         why = f" ({'; '.join(notes)})" if notes else ""
         raise BadInput(f"{' '.join(map(str, roots))}: no pairs of image and depth in {where}{why}")

@@ -117,8 +117,9 @@ def find_frames(roots, splits, skip_missing=False):
     return pool_frames(roots, splits, skip_missing)[0]
 
 
-def pool_frames(roots, splits, skip_missing=False, flag="--splits"):
+def pool_frames(roots, splits, skip_missing=False, flag="--splits", limit=0):
     """Frames of several roots that have labels -> frames, notes to print. flag: what the splits were given with.
+    limit: at most so many, evenly spread; 0 for all.
 
     Raises BadInput as data_kitti.pool_frames does, and for a root of another layout, a frame without its label, and a
     line in one that is none: before a run begins, not in its middle.
@@ -126,7 +127,7 @@ def pool_frames(roots, splits, skip_missing=False, flag="--splits"):
     for root in roots:
         if Path(root).is_dir() and not data_kitti.is_object_layout(root):
             raise BadInput(f"{root}: no training/ in it; labels are in KITTI's object layout alone")
-    frames, notes = data_kitti.pool_frames(roots, splits, skip_missing=skip_missing, flag=flag)
+    frames, notes = data_kitti.pool_frames(roots, splits, skip_missing=skip_missing, flag=flag, limit=limit)
     for f in frames:
         if not f.label.is_file():
             raise BadInput(f"{f.label}: missing; it holds the boxes of frame {f.name}")

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import data
-from files import IMAGES, BadInput, Folders, list_folder, read_lines, read_text
+import data_index
+from files import IMAGES, BadInput, file_size, list_folder, read_lines, read_text
 
 # range: the release's and KITTI's own; centre: its middle (release `points_center`); the LiDAR is 1.73 m above the road
 RIG = data.Rig((0.0, -40.0, -3.0, 70.4, 40.0, 1.0), center=(35.2, 0.0, -1.0), ground=-1.7, box=(1242, 375))
@@ -38,6 +39,9 @@ DRIVES = (
     "09_30_drive_0018", "09_30_drive_0020", "09_30_drive_0027", "09_30_drive_0028", "09_30_drive_0033",
     "09_30_drive_0034",
 )  # fmt: skip
+
+CAPITALS = "_ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of Waymo's cameras
+CALIBRATIONS = 1000  # kept in each process: of the object layout every frame has its own
 
 # (8, 3): length, height, width, from the middle of a box's bottom; y points down
 CORNERS = np.array(np.meshgrid([-0.5, 0.5], [-1, 0], [-0.5, 0.5], indexing="ij")).reshape(3, 8).T
@@ -77,69 +81,262 @@ class OdometryFrame(data.Frame):
         return read_odometry_calib(self.calib[0])
 
 
+INDEXED = 10_000  # files of a folder from which on it has an index; fewer are looked at at every start
+SAMPLED = 1000  # frames that are looked at again when there is an index; who asks for no more does not make one
+
+
+class Source:
+    """Frames of a folder of images and one of clouds, by their stems, for data.Frames: a cell is a row.
+
+    calib: the files that the calibration of all is read from, or a folder of one for each. drive: of all, or a function
+    of a stem. Names and bytes of files are arrays; where there are many frames, they come from `index`, a file.
+    """
+
+    def __init__(self, kind, prefix, images, clouds, calib, rig, drive, index):
+        self.kind, self.prefix, self.images_folder, self.clouds_folder = kind, prefix, images, clouds
+        self.calib, self.rig, self.drive = calib, rig, drive
+        folders = [images, clouds] + ([] if isinstance(calib, tuple) else [calib])
+        self.index, self.stamp = index, [[folder.name, *data_index.of_folder(folder)] for folder in folders]
+        self.large = any(count >= INDEXED for _, _, count in self.stamp)
+        found = data_index.find(index, self.stamp, self.fits) if self.large else None
+        self.indexed = found is not None
+        self.take(found or self.listed())
+
+    def take(self, arrays):
+        self.stem, self.suffix, self.link, self.size = (arrays[k] for k in ("stem", "suffix", "link", "size"))
+        self.sorted = len(self.stem)
+
+    def listed(self):
+        """{name: array}, of all frames in order: stem, suffix (n, 2) of image and cloud, which is empty where there is
+        none; link, is the image one?; size (n, 3) of image, cloud and calibration: -1, for it was not asked for.
+        """
+        found = {}
+        for column, (folder, suffixes) in enumerate(((self.images_folder, IMAGES), (self.clouds_folder, (".bin",)))):
+            for stem, (suffix, link) in files_in(folder, suffixes).items():
+                row = found.setdefault(stem, [b"", b"", False])
+                row[column] = suffix
+                row[2] |= link and column == 0
+        stems = sorted(found)
+        rows = [found[stem] for stem in stems]
+        return {
+            "stem": np.array(stems, "S"),
+            "suffix": np.array([row[:2] for row in rows], "S").reshape(-1, 2),
+            "link": np.array([row[2] for row in rows], bool),
+            "size": np.full((len(stems), 3), -1, np.int64),
+        }
+
+    def make_index(self):
+        """Ask for all sizes, and keep them."""
+        self.size[:, :] = [self.ask_sizes(row) for row in range(len(self.stem))]
+        there = slice(self.sorted)  # not what lists name and no folder has
+        arrays = {name: getattr(self, name)[there] for name in ("stem", "suffix", "link", "size")}
+        data_index.keep(self.index, self.stamp, arrays)
+
+    def fits(self, found):
+        """Whether the sizes of some are as they were: a file that is written over leaves its folder's time as it is."""
+        self.take(found)
+        rows = np.unique(np.linspace(0, len(self.stem) - 1, SAMPLED).astype(int)) if len(self.stem) else []
+        return all(self.size[row].tolist() == self.ask_sizes(row) for row in rows)
+
+    def rows(self, stems):
+        """Where these stand, (n,). Those that no file is of get rows at the end."""
+        wanted = np.array([os.fsencode(stem) for stem in stems], "S")
+        at, absent = np.zeros(len(wanted), int), np.ones(len(wanted), bool)
+        if self.sorted:
+            at = np.searchsorted(self.stem[: self.sorted], wanted).clip(max=self.sorted - 1)
+            absent = self.stem[at] != wanted
+        if absent.any():
+            new, place = np.unique(wanted[absent], return_inverse=True)
+            at[absent] = place + len(self.stem)
+            self.stem = np.concatenate([self.stem, new])
+            self.suffix = np.concatenate([self.suffix, np.full((len(new), 2), b"", self.suffix.dtype)])
+            self.link = np.concatenate([self.link, np.zeros(len(new), bool)])
+            self.size = np.concatenate([self.size, np.full((len(new), 3), -1)])
+        return at
+
+    def listed_rows(self, clouds):
+        """Where those that have a cloud stand; an image, with clouds=False."""
+        return np.flatnonzero(self.suffix[:, 1 if clouds else 0] != b"")
+
+    def all_rows(self, clouds):
+        """Where those that have an image or a cloud stand; an image, with clouds=False."""
+        return np.arange(len(self.stem)) if clouds else self.listed_rows(False)
+
+    # ---- what data.Frames asks for ----
+
+    def paths(self, row):
+        """Of image, cloud and calibration, or where they would lie."""
+        stem = decode(self.stem[row])
+        image, cloud = (decode(suffix) for suffix in self.suffix[row])
+        calib = self.calib if isinstance(self.calib, tuple) else (self.calib / f"{stem}.txt",)
+        return self.images_folder / f"{stem}{image or '.png'}", self.clouds_folder / f"{stem}{cloud or '.bin'}", calib
+
+    def frame(self, row):
+        stem = decode(self.stem[row])
+        drive = self.drive(stem) if callable(self.drive) else self.drive
+        return self.kind(f"{self.prefix}/{stem}", *self.paths(row), self.rig, drive)
+
+    def names(self, cells):
+        return [f"{self.prefix}/{decode(stem)}" for stem in self.stem[cells[:, 0]].tolist()]
+
+    def images(self, cells):
+        stems, suffixes = self.stem[cells[:, 0]].tolist(), self.suffix[cells[:, 0], 0].tolist()
+        folder = os.path.realpath(self.images_folder)
+        paths = [f"{folder}/{decode(stem)}{decode(suffix or b'.png')}" for stem, suffix in zip(stems, suffixes)]
+        for i in np.flatnonzero(self.link[cells[:, 0]]):
+            paths[i] = os.path.realpath(paths[i])
+        return paths
+
+    def sizes(self, cells):
+        return self.sizes_of(cells[:, 0])[:, :2]
+
+    def drives(self, cells):
+        if not callable(self.drive):
+            return {self.drive}
+        return {self.drive(decode(stem)) for stem in self.stem[cells[:, 0]].tolist()}
+
+    def sweeps(self, cells):
+        return cells[:, 0]
+
+    def sizes_of(self, rows):
+        """(n, 3): 0 for a file that is missing, empty or none. Each is asked for once."""
+        unknown = np.unique(rows[self.size[rows, 0] < 0])
+        if self.large and not self.indexed and len(unknown) > SAMPLED:
+            self.make_index()
+        elif len(unknown):
+            self.size[unknown] = [self.ask_sizes(row) for row in unknown.tolist()]
+        return self.size[rows]
+
+    def ask_sizes(self, row):
+        image, cloud, calib = self.paths(row)
+        return [file_size(image)[0], file_size(cloud)[0], min(file_size(path)[0] for path in calib)]
+
+    def whole(self, cells, clouds):
+        """Which of them have an image and a cloud that are not empty; an image, with clouds=False."""
+        return (self.sizes(cells)[:, : 1 + clouds] > 0).all(1)
+
+    def sound(self, cells, clouds):
+        """Which of them no Frame.file_errors would find fault with."""
+        size = self.sizes_of(cells[:, 0])
+        if not clouds:
+            return size[:, 0] > 0
+        return (size > 0).all(1) & (size[:, 1] % (4 * self.rig.columns) == 0)
+
+
+def decode(name):
+    """os.fsdecode, at half its time."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def files_in(folder, suffixes):
+    """{stem: (suffix, is it a link?)}, bytes, of the files in a folder that have one of the suffixes, in any case; of
+    two with one stem the one whose suffix comes first. Those with a dot in front are left out, as in files.list_folder.
+    """
+    found, order = {}, {suffix.encode(): i for i, suffix in enumerate(suffixes)}
+    try:
+        with os.scandir(os.fsencode(folder)) as entries:
+            for entry in entries:
+                stem, suffix = os.path.splitext(entry.name)
+                rank = order.get(suffix.lower())
+                if rank is None or entry.name.startswith(b"."):
+                    continue
+                if stem not in found or rank < order[found[stem][0].lower()]:
+                    found[stem] = suffix, entry.is_symlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as e:
+        raise BadInput(f"{folder}: not readable ({e.strerror})") from None
+    return found
+
+
+def frames_of(source, rows):
+    """data.Frames of rows of one source."""
+    return data.Frames([source], np.stack([np.zeros(len(rows), np.int32), np.asarray(rows, np.int32)], 1))
+
+
 def find_frames(root, splits=None, frame_stride=1, skip_missing=False):
     """Frames of one root, as `pool_frames` finds them."""
     return pool_frames([root], splits, frame_stride, skip_missing)[0]
 
 
-def pool_frames(roots, splits=None, frame_stride=1, skip_missing=False, flag="--splits", named=True, clouds=True):
-    """Frames of several roots, in file order, none of them twice. -> frames, notes to print.
+def pool_frames(
+    roots,
+    splits=None,
+    frame_stride=1,
+    skip_missing=False,
+    flag="--splits",
+    named=True,
+    limit=0,
+    clouds=True,
+):
+    """Frames of several roots, in file order, none of them twice. -> data.Frames, notes to print.
 
     splits: names of lists in ImageSets/. () takes all drives of a raw root, None also the list `train` of an object
     root. frame_stride keeps every n-th frame of a raw drive or sequence: neighbours are near copies of each other.
     skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds),
-    and sequences that are not there.
-    flag: what the splits were given with, for messages. named: as `fitting_splits` takes it. clouds=False: images are
-    enough, and nothing else is looked for.
+    and sequences that are not there. flag: what the splits were given with, for messages. named: as `fitting_splits`
+    takes it. limit: at most so many, evenly spread, 0 for all; files of the others are not asked for, unless
+    skip_missing has to. clouds=False: images are enough, and clouds and calibrations are not asked for.
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty, a missing file, a truncated
     cloud.
     """
-    frames, notes, what = [], [], " ".join([flag, *(splits or ())])
+    parts, notes, what = [], [], " ".join([flag, *(splits or ())])
     for root, own, more in fitting_splits(roots, splits, named):
         notes += more
-        found, left_out = _complete_frames(root, own, frame_stride, skip_missing, flag, clouds)
-        if left_out:
-            lacking = "without image or cloud" if clouds else "without image"
-            notes.append(f"note: {what}: {len(found)} frames in {root}, {left_out} {lacking} left out")
-        frames += found
-    if not frames:
+        found = list_frames(root, own, frame_stride, skip_missing, flag, clouds)
+        if skip_missing:
+            whole = _whole_frames(root, found, clouds)
+            if len(whole) < len(found):
+                lacking = "without image or cloud" if clouds else "without image"
+                left_out = f"{len(found) - len(whole)} {lacking} left out"
+                notes.append(f"note: {what}: {len(whole)} frames in {root}, {left_out}")
+            found = whole
+        parts.append(found)
+    frames = data.join(parts)
+    if not len(frames):
         raise BadInput(f"{' '.join(map(str, roots))}: no frames in it")
     frames, repeats = data.without_repeats(frames)
+    frames = data.evenly_spread(frames, limit or len(frames))
+    _check_files(frames, clouds)
     return frames, notes + data.note_repeats(repeats, what)
 
 
-def _complete_frames(root, splits, frame_stride, skip_missing, flag, clouds):
-    """-> frames of a root, all of whose files are there; how many were left out because they lack image or cloud."""
-    listed = list_frames(root, splits, frame_stride, skip_missing, flag, clouds)
-    found = [f for f in listed if f.whole(clouds)] if skip_missing else listed
-    if listed and not found:
+def _whole_frames(root, frames, clouds):
+    """Those that have an image and a cloud; an image, with clouds=False. Raises BadInput if none has."""
+    whole = frames.ask(lambda source, cells: source.whole(cells, clouds), bool)
+    if len(frames) and not whole.any():
         both = f"both image ({', '.join(IMAGES)}) and cloud (.bin)"
-        example = f"the first would be {listed[0].image} and {listed[0].cloud}"
-        raise BadInput(f"{root}: none of its {len(listed)} frames has {both}; {example}")
-    for frame in found:
-        for error in frame.file_errors(clouds):
+        example = f"the first would be {frames[0].image} and {frames[0].cloud}"
+        raise BadInput(f"{root}: none of its {len(frames)} frames has {both}; {example}")
+    return frames[np.flatnonzero(whole)]
+
+
+def _check_files(frames, clouds):
+    """Raises BadInput for the first file that is missing, or empty, or cannot be what it should."""
+    sound = frames.ask(lambda source, cells: source.sound(cells, clouds), bool)
+    for i in np.flatnonzero(~sound):
+        for error in frames[i].file_errors(clouds):
             raise error
-    return found, len(listed) - len(found)
 
 
 def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--splits", clouds=True):
     """The frames that lists and folders name, whether or not all their files are there. clouds=False: folders of images
-    alone.
+    alone. -> data.Frames
 
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty.
     """
-    root, folders = Path(root), Folders()
+    root = Path(root)
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder")
     if sequences_of(root):
-        return _odometry_frames(root, splits, frame_stride, skip_missing, flag, folders, clouds)
+        return _odometry_frames(root, splits, frame_stride, skip_missing, flag, clouds)
     if not is_object_layout(root):
-        drives = _raw_drives(root, splits, flag)
-        return _raw_frames(drives, frame_stride, skip_missing, folders, clouds)
+        return _raw_frames(_raw_drives(root, splits, flag), frame_stride, skip_missing, clouds)
     splits = ("train",) if splits is None else splits
     if not splits:
         raise BadInput(f"{flag}: none given for {root}; it takes names of lists in ImageSets/")
-    return [frame for split in splits for frame in _object_frames(root, split, splits, flag, folders, clouds)]
+    sources = {}
+    return data.join([_object_frames(root, split, splits, flag, sources, clouds) for split in splits])
 
 
 def is_object_layout(root):
@@ -193,40 +390,53 @@ def rig_of(root):
 
 def _segment(name):
     """The recording that a frame of data_waymo.py's is from, by its name SEGMENT_MICROSECONDS_CAMERA; else None."""
-    found = re.fullmatch(r"(.+)_\d{16}_[A-Z_]+", name)
-    return found[1] if found else None
+    head = name.rstrip(CAPITALS)  # by hand, for it is asked of all of them
+    camera, time = name[len(head) :], head[-17:]
+    is_waymo = len(camera) > 1 and camera[0] == "_" and len(head) > 17 and time[0] == "_" and time[1:].isdecimal()
+    return head[:-17] if is_waymo else None
 
 
-def _object_frames(root, split, splits, flag, folders, clouds):
-    folder, rig = root / ("testing" if split == "test" else "training"), rig_of(root)
-    drives = _object_drives(root) if folder.name == "training" else {}
-    frames = []
-    for i in _object_ids(root, split, splits, flag, folder, folders, clouds):
-        image = folders.find(folder / "image_2", i, IMAGES) or folder / "image_2" / f"{i}.png"
-        cloud = folders.find(folder / "velodyne", i, (".bin",)) or folder / "velodyne" / f"{i}.bin"
-        calib = (folder / "calib" / f"{i}.txt",)
-        frames.append(ObjectFrame(f"{folder.name}/{i}", image, cloud, calib, rig, drives.get(i) or _segment(i)))
-    return frames
+def _object_frames(root, split, splits, flag, sources, clouds):
+    """sources: {folder: Source}, of the splits before."""
+    folder = root / ("testing" if split == "test" else "training")
+    if folder not in sources:
+        drives = _object_drives(root) if folder.name == "training" else {}
+        sources[folder] = Source(
+            ObjectFrame,
+            folder.name,
+            folder / "image_2",
+            folder / "velodyne",
+            folder / "calib",
+            rig_of(root),
+            functools.partial(_drive_of, drives),
+            root / f"{folder.name}.index",
+        )
+    source = sources[folder]
+    return frames_of(source, _object_rows(root, split, splits, flag, folder, source, clouds))
 
 
-def _object_ids(root, split, splits, flag, folder, folders, clouds):
-    """Ids of a split's frames: of its list, or of the whole folder, for KITTI itself comes without lists."""
+def _drive_of(drives, stem):
+    return drives.get(stem) or _segment(stem)
+
+
+def _object_rows(root, split, splits, flag, folder, source, clouds):
+    """Rows of a split's frames: of its list, or of the whole folder, for KITTI itself comes without lists."""
     listing = _listing(root, split)
     if os.path.lexists(listing):
-        return [_frame_id(word) for _, word in _words(listing, split)]
+        return source.rows([_frame_id(word) for _, word in _words(listing, split)])
     if split not in ("test", "trainval"):
         advice = "--splits trainval takes the whole training folder"
         if flag != "--splits":
             advice = f"{flag} without a name judges on none"
         raise BadInput(f"{listing}: missing; it lists the frames of {flag} {split}, one id a line ({advice})")
-    part, suffixes = ("velodyne", (".bin",)) if clouds else ("image_2", IMAGES)
-    ids = sorted(folders.stems(folder / part, suffixes))
-    if not ids:
+    rows = source.listed_rows(clouds)
+    if not len(rows):
+        part, suffixes = ("velodyne", (".bin",)) if clouds else ("image_2", IMAGES)
+        kinds = ", ".join(f"*{suffix}" for suffix in suffixes)
         others = " ".join(other for other in splits if other != split)
         advice = f" ({flag} {others} does without)" if others else ""
-        kinds = ", ".join(f"*{suffix}" for suffix in suffixes)
         raise BadInput(f"{folder / part}: no {kinds} in it, of which {flag} {split} takes all{advice}")
-    return ids
+    return rows
 
 
 def _words(listing, split):
@@ -240,7 +450,7 @@ def _words(listing, split):
 
 def _frame_id(word):
     """Some lists hold names of files."""
-    stem, suffix = os.path.splitext(word)
+    stem, suffix = os.path.splitext(word) if "." in word else (word, "")
     return stem if suffix.lower() in (*IMAGES, ".bin", ".txt") else word
 
 
@@ -262,39 +472,31 @@ def _object_drives(root):
     return {}
 
 
-def _raw_frames(drives, frame_stride, skip_missing, folders, need_clouds):
-    frames = []
+def _raw_frames(drives, frame_stride, skip_missing, need_clouds):
+    parts = []
     for drive in drives:
-        image_folder, cloud_folder = drive / "image_02" / "data", drive / "velodyne_points" / "data"
-        images, clouds = folders.stems(image_folder, IMAGES), folders.stems(cloud_folder, (".bin",))
-        if not need_clouds:
-            clouds = set()
-        elif len(clouds) != len(images) and not skip_missing:
-            raise BadInput(_uneven(drive, image_folder, cloud_folder, len(images), len(clouds)))
+        images, clouds = drive / "image_02" / "data", drive / "velodyne_points" / "data"
         calib = (drive.parent / "calib_cam_to_cam.txt", drive.parent / "calib_velo_to_cam.txt")
         name = drive.absolute().name
-        for i in sorted(clouds | images)[::frame_stride]:
-            image = folders.find(image_folder, i, IMAGES) or image_folder / f"{i}.png"
-            cloud = folders.find(cloud_folder, i, (".bin",)) or cloud_folder / f"{i}.bin"
-            frames.append(RawFrame(f"{name}/{i}", image, cloud, calib, RIG, name))
-    return frames
+        source = Source(RawFrame, name, images, clouds, calib, RIG, name, drive / "frames.index")
+        counts = (source.suffix != b"").sum(0)
+        if need_clouds and counts[0] != counts[1] and not skip_missing:
+            raise BadInput(_uneven(drive, images, clouds, *counts))
+        parts.append(frames_of(source, source.all_rows(need_clouds)[::frame_stride]))
+    return data.join(parts)
 
 
-def _odometry_frames(root, splits, frame_stride, skip_missing, flag, folders, need_clouds=True):
-    frames = []
+def _odometry_frames(root, splits, frame_stride, skip_missing, flag, need_clouds):
+    parts = []
     for folder in _listed_sequences(root, splits, skip_missing, flag):
-        image_folder, cloud_folder = folder / "image_2", folder / "velodyne"
-        images, clouds = folders.stems(image_folder, IMAGES), folders.stems(cloud_folder, (".bin",))
-        if not need_clouds:
-            clouds = set()
-        if not images or (need_clouds and not clouds):
-            raise BadInput(_uneven(folder, image_folder, cloud_folder, len(images), len(clouds)))
+        images, clouds, calib = folder / "image_2", folder / "velodyne", (folder / "calib.txt",)
         drive = _drive_of_sequence(folder.name)
-        for i in sorted(clouds | images)[::frame_stride]:
-            image = folders.find(image_folder, i, IMAGES) or image_folder / f"{i}.png"
-            cloud = folders.find(cloud_folder, i, (".bin",)) or cloud_folder / f"{i}.bin"
-            frames.append(OdometryFrame(f"{folder.name}/{i}", image, cloud, (folder / "calib.txt",), RIG, drive))
-    return frames
+        source = Source(OdometryFrame, folder.name, images, clouds, calib, RIG, drive, folder / "frames.index")
+        counts = (source.suffix != b"").sum(0)
+        if not counts[: 1 + need_clouds].all():
+            raise BadInput(_uneven(folder, images, clouds, *counts))
+        parts.append(frames_of(source, source.all_rows(need_clouds)[::frame_stride]))
+    return data.join(parts)
 
 
 def sequences_there(root):
@@ -374,7 +576,7 @@ def _drive_name(path):
 # calibration: lidar2img = P2 @ R0_rect @ Tr_velo_to_cam, of sequences P2 @ Tr
 
 
-@functools.cache
+@functools.lru_cache(CALIBRATIONS)
 def read_object_calib(path):
     """LiDAR metres to pixels of the left colour camera, float64 (3, 4), from an object frame's calib file."""
     calib = _read_calib(path)
@@ -382,7 +584,7 @@ def read_object_calib(path):
     return _projection(path, p2 @ _to_4x4(r0) @ _to_4x4(_entry(path, calib, "Tr_velo_to_cam", (3, 4))))
 
 
-@functools.cache
+@functools.lru_cache(CALIBRATIONS)
 def read_raw_calib(cam_to_cam, velo_to_cam):
     """The same from the two files of a day of raw drives."""
     cameras, velodyne = _read_calib(cam_to_cam), _read_calib(velo_to_cam)
@@ -391,7 +593,7 @@ def read_raw_calib(cam_to_cam, velo_to_cam):
     return _projection(cam_to_cam, p2 @ _to_4x4(r0) @ _to_4x4(np.hstack([rotation, translation])))
 
 
-@functools.cache
+@functools.lru_cache(CALIBRATIONS)
 def read_odometry_calib(path):
     """The same from the calib.txt of a sequence, whose Tr takes LiDAR metres to rectified camera 0."""
     calib = _read_calib(path)

@@ -79,7 +79,7 @@ def pool_frames(c, roots, splits, flag="--splits"):
         return data_det3d.pool_frames(roots, splits, c.skip_missing, flag)
     rules = c.cameras, c.version, c.frame_stride, c.skip_missing, flag
     frames, notes = data_nuscenes.pool_frames(roots, splits, *rules, clouds=False)
-    for tables in frames.tables:
+    for tables in frames.sources:
         _ = tables.labels  # read now, before processes are forked
     return frames, notes
 
@@ -107,20 +107,10 @@ def few_samples(frames, limit):
 
 def inventory(frames):
     """One line a frame: its name, the bytes of its image and, for KITTI, of its label."""
-    lines = []
-    for frame in frames:
-        files = [frame.image] if isinstance(frame, data_nuscenes.Frame) else [frame.image, frame.label]
-        lines.append(" ".join([frame.name, *(str(path.stat().st_size) for path in files)]))
-    return lines
-
-
-def check_unseen(frames, held_out, flag):
-    """Raises BadInput, naming the flag, for held-out frames with the name and the bytes of one that is trained on."""
-    names = {f.name for f in frames} & {f.name for f in held_out}
-    trained, judged = (set(inventory([f for f in some if f.name in names])) for some in (frames, held_out))
-    seen = sorted(trained & judged)
-    if seen:
-        raise BadInput(f"{flag}: {len(seen)} of its frames are trained on, {seen[0].split()[0]} among them")
+    lines = data.inventory(frames, clouds=False)
+    if not lines or isinstance(frames[0], data_nuscenes.Frame):
+        return lines
+    return [f"{line} {frame.label.stat().st_size}" for line, frame in zip(lines, frames)]
 
 
 # -----------------------------------------------------------------------------

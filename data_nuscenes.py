@@ -12,21 +12,19 @@ A Frame's points are those of the LiDAR, turned about its z so that the frame's 
 the rear is no special case: x is ahead of it, y to its left. `lidar2img`, boxes and velocities turn with the points.
 
 The tables are large: trainval's sample_data has 2.6 million rows. They are read once, row by row, and what is needed of
-them is kept in ROOT/VERSION.frames.npz and, for who asks for labels, ROOT/VERSION.labels.npz. Either is made anew when
-one of its tables has another size or time, or when it cannot be read. Where ROOT cannot be written to, they are kept in
-memory. Several processes should not make them at once: let one ask first.
+them is kept in ROOT/VERSION.frames.index and, for who asks for labels, ROOT/VERSION.labels.index; the files' sizes in
+ROOT/VERSION.sizes.index. The first two are made anew when one of their tables has another size or time, the last when a
+folder of images or clouds has (data_index.py).
 
 Facts: Caesar et al., nuScenes, CVPR 2020, and the conventions of its devkit. Quaternions are w, x, y, z.
 """
 
-import collections
 import dataclasses
 import functools
 import json
 import operator
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +32,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import data
-from files import BadInput, why_unread, writing
+import data_index
+from files import BadInput, file_size, why_unread
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")  # clockwise
 LIDAR = "LIDAR_TOP"
@@ -98,7 +97,8 @@ RIG = data.Rig((0.0, -40.0, -3.1, 70.4, 40.0, 0.9), center=(35.2, 0.0, -1.1), gr
 OWN_CAR = 1.0  # metres about the LiDAR, seen from above: what returns from nearer is its own car
 FULL_SCALE = 255  # of intensity
 
-LAYOUT = 1  # of the indices: those of another number are made anew
+INDEXED = 10_000  # files that are asked for at once from which on their sizes are kept
+SAMPLED = 1000  # of them are looked at again when there is an index
 CHUNK = 2**24  # characters of a table that are looked at together; no row is longer
 PIECE = 2**16  # rows that become arrays together
 LONGEST = {True: 3.0, False: 1.5}  # seconds over which a velocity is taken: between both neighbours, or to one of them
@@ -179,30 +179,6 @@ LABELS = (
 )  # fmt: skip
 
 
-class Frames(collections.abc.Sequence):
-    """Frames that are made when they are asked for: all of them at once would be a hundred megabytes a process.
-
-    Three numbers of each are kept: which of `tables`, row, column.
-    """
-
-    def __init__(self, tables, cells):
-        self.tables, self.cells = tables, cells
-
-    def __len__(self):
-        return len(self.cells)
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return Frames(self.tables, self.cells[i])
-        which, row, column = self.cells[i].tolist()
-        tables = self.tables[which]
-        cloud, image = (f"{tables.root}/{tables.frames.files[row, k].decode()}" for k in (0, 1 + column))
-        name = image.rpartition("/")[2].rpartition(".")[0]
-        drive = tables.frames.log[tables.frames.scene_of[row]].decode()
-        place = {"tables": tables, "row": row, "column": column}
-        return Frame(name, Path(image), Path(cloud), tables.calib, RIG, drive, **place)
-
-
 def find_frames(*args, **kwargs):
     """The frames of `pool_frames`, without its notes."""
     return pool_frames(*args, **kwargs)[0]
@@ -216,14 +192,15 @@ def pool_frames(
     frame_stride=1,
     skip_missing=False,
     flag="--splits",
+    limit=0,
     clouds=True,
 ):
-    """Frames of `splits` (of SPLITS) under each root, sample by sample in the tables' order. -> Frames, and notes to
-    print.
+    """Frames of `splits` (of SPLITS) under each root, sample by sample in the tables' order. -> data.Frames, and notes
+    to print.
 
     version: of the tables, a folder's name; auto takes the one that a split is of. frame_stride keeps every n-th
     sample; they are half a second apart. skip_missing leaves out frames that lack an image or a cloud. flag: what the
-    splits were given with, for messages. clouds=False: images are enough.
+    splits were given with, for messages. limit, clouds: as data_kitti.pool_frames has them.
     Raises BadInput for an unknown split, camera or version, a split that is not of that version, a root or table that
     is missing, what is wrong within tables, a file that they name and that is not there, and where nothing is left.
     """
@@ -237,7 +214,7 @@ def pool_frames(
             tables = open_tables(root, version_of(root, split, version, flag))
             rows = tables.rows(split)[::frame_stride]
             grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
-            found = _on_disk(tables, grid, skip_missing, clouds)
+            found = _on_disk(tables, grid, True, clouds) if skip_missing else grid
             if not len(found):
                 raise BadInput(f"{tables.folder}: no frames of {flag} {split}{_of_many(tables, grid)}")
             if len(found) < len(grid):
@@ -249,11 +226,16 @@ def pool_frames(
             cells.append(np.insert(found, 0, every.index(tables), axis=1))
     if not cells:
         raise BadInput(f"{flag}: none given; it takes {', '.join(SPLITS)}")
-    return Frames(every, np.concatenate(cells).astype(np.int32)), notes
+    frames = data.Frames(every, np.concatenate(cells).astype(np.int32))
+    frames = data.evenly_spread(frames, limit or len(frames))
+    if not skip_missing:
+        for tables, _, own in frames.parts():
+            _on_disk(tables, own, False, clouds)
+    return frames, notes
 
 
 def list_frames(root, split, version="auto", frame_stride=1, flag="--splits"):
-    """Frames of a split, of all cameras, that the tables name an image and a cloud of, be they there or not. -> Frames.
+    """Frames of a split, of all cameras, that the tables name an image and a cloud of, be they there or not.
 
     Raises BadInput as pool_frames does, but for files.
     """
@@ -262,7 +244,7 @@ def list_frames(root, split, version="auto", frame_stride=1, flag="--splits"):
     cells = np.stack(np.meshgrid([0], rows, np.arange(len(CAMERAS)), indexing="ij"), -1).reshape(-1, 3)
     files = tables.frames.files
     named = (files[cells[:, 1], 0] != b"") & (files[cells[:, 1], 1 + cells[:, 2]] != b"")
-    return Frames([tables], cells[named].astype(np.int32))
+    return data.Frames([tables], cells[named].astype(np.int32))
 
 
 def splits_of(root):
@@ -271,42 +253,29 @@ def splits_of(root):
     return [split for name in there for split in VERSIONS[name] if len(open_tables(root, name).rows(split))]
 
 
-def _on_disk(tables, cells, skip_missing, clouds=True):
-    """Those of the cells (n, 2), row and column, whose image and cloud are there: each folder is asked once for all.
-    clouds=False: whose image is.
+def _on_disk(tables, cells, skip_missing, clouds):
+    """Those of the cells (n, 2), row and column, whose image and cloud are there; whose image is, with clouds=False.
 
     Raises BadInput for the first that is not, unless skip_missing.
     """
-    files = tables.frames.files
-    pairs = np.stack([files[cells[:, 0], 0], files[cells[:, 0], 1 + cells[:, 1]]], 1)  # (n, 2)
-    names = pairs.ravel().tolist()
-    folders = {name.rpartition(b"/")[0] for name in names}
-    there = {b"%s/%s" % (folder, name) for folder in folders for name in _listing(tables.root, folder)}
-    found = np.array([name in there for name in names], bool).reshape(-1, 2)
-    found[:, 0] |= not clouds
-    lacking = np.argwhere(~found)
+    there = tables.sizes(cells)[:, : 1 + clouds] > 0  # (n, 2)
+    lacking = np.argwhere(~there)
     if len(lacking) and not skip_missing:
         i, k = lacking[0]
-        row, channel = cells[i, 0], (LIDAR, CAMERAS[cells[i, 1]])[k]
-        of = f"{channel} of sample {tables.frames.sample[row].decode()}"
-        if not pairs[i, k]:
+        row, column = cells[i]
+        of = f"{(CAMERAS[column], LIDAR)[k]} of sample {tables.frames.sample[row].decode()}"
+        if not tables.frames.files[row, (1 + column, 0)[k]]:
             raise BadInput(f"{tables.folder / 'sample_data.json'}: no keyframe of {of}; --skip-missing leaves it out")
-        name = tables.root / pairs[i, k].decode()
-        raise BadInput(f"{name}: missing ({of}; --skip-missing leaves out frames without image or cloud)")
-    return cells[found.all(1)]
-
-
-def _listing(root, folder):
-    """Names in a folder; none for the empty name of a file that no table has."""
-    path = os.fsencode(root / folder.decode())
-    return os.listdir(path) if folder and os.path.isdir(path) else ()
+        path = tables.paths(row, column)[k]
+        wrong = file_size(path)[1]
+        raise BadInput(f"{path}: {wrong} ({of}; --skip-missing leaves out frames without image or cloud)")
+    return cells[there.all(1)]
 
 
 def _of_many(tables, cells):
     if not len(cells):
         return ""
-    row, column = cells[0]
-    name = tables.root / tables.frames.files[row, 1 + column].decode()
+    name = tables.paths(*cells[0])[0]
     return f" has image and cloud, of {len(cells)}: {name} may be the first to look for"
 
 
@@ -355,12 +324,15 @@ class Tables:
               bicycles; translation, size (width, length, height), rotation (A, 3, 3, 4) in the global frame; velocity
               (A, 2), NaN where not known; attribute, visibility, lidar_points, radar_points (A,). They are read when
               first asked for: before processes are forked, ask.
+
+    They are also a source of data.Frames: a cell is a sample's row and a camera's column.
     """
 
     def __init__(self, root, version):
         self.asked = root, version
         self.root, self.version, self.folder = Path(root), version, Path(root) / version
         self.calib = (self.folder / "calibrated_sensor.json",)
+        self.size = None  # (N, 7), once many are asked for
 
     def __reduce__(self):
         """Frames go to other processes without a hundred megabytes of tables."""
@@ -380,6 +352,61 @@ class Tables:
         wanted = np.isin(self.frames.scene, np.array(scenes_of(split), "S"))
         return np.flatnonzero(wanted[self.frames.scene_of])
 
+    # ---- what data.Frames asks for ----
+
+    def paths(self, row, column):
+        """Of image and cloud."""
+        image, cloud = self.frames.files[row, [1 + column, 0]].tolist()
+        return self.root / image.decode(), self.root / cloud.decode()
+
+    def frame(self, row, column):
+        image, cloud = self.paths(row, column)
+        drive = self.frames.log[self.frames.scene_of[row]].decode()
+        place = {"tables": self, "row": row, "column": column}
+        return Frame(image.name.rpartition(".")[0], image, cloud, self.calib, RIG, drive, **place)
+
+    def names(self, cells):
+        files = self.frames.files[cells[:, 0], 1 + cells[:, 1]].tolist()
+        return [name.decode().rpartition("/")[2].rpartition(".")[0] for name in files]
+
+    def sizes(self, cells):
+        return np.stack([self.bytes_of(cells[:, 0], 1 + cells[:, 1]), self.bytes_of(cells[:, 0], 0 * cells[:, 1])], 1)
+
+    def drives(self, cells):
+        return {name.decode() for name in np.unique(self.frames.log[self.frames.scene_of[cells[:, 0]]]).tolist()}
+
+    def sweeps(self, cells):
+        return cells[:, 0]
+
+    def bytes_of(self, rows, channels):
+        """Bytes of files (n,), 0 for one that is missing, empty or not named. Many are asked of an index."""
+        if self.size is None and len(rows) >= INDEXED:
+            folders = [self.root / "samples" / name for name in CHANNELS]
+            stamp = [[folder.name, *data_index.of_folder(folder)] for folder in folders]
+            path = self.root / f"{self.version}.sizes.index"
+            found = data_index.find(path, stamp, self.fits) or data_index.keep(path, stamp, self.all_bytes())
+            self.size = found["size"]
+        if self.size is not None:
+            return self.size[rows, channels]
+        return self.ask_bytes(rows, channels)
+
+    def ask_bytes(self, rows, channels):
+        names = self.frames.files[rows, channels].tolist()
+        root = os.fsencode(self.root)
+        return np.array([file_size(b"%s/%s" % (root, name))[0] if name else 0 for name in names], np.int64)
+
+    def all_bytes(self):
+        rows, channels = np.indices(self.frames.files.shape).reshape(2, -1)
+        return {"size": self.ask_bytes(rows, channels).reshape(self.frames.files.shape)}
+
+    def fits(self, found):
+        """Whether the sizes of some are as they were, and of as many files."""
+        if found["size"].shape != self.frames.files.shape:
+            return False
+        some = np.unique(np.linspace(0, found["size"].size - 1, SAMPLED).astype(int))
+        rows, channels = np.unravel_index(some, found["size"].shape)
+        return bool((found["size"][rows, channels] == self.ask_bytes(rows, channels)).all())
+
 
 @functools.lru_cache(maxsize=4)
 def open_tables(root, version):
@@ -393,25 +420,9 @@ def open_tables(root, version):
 
 def _indexed(tables, kind, read, names):
     """What read(folder) -> {name: array} reads, from the index where that is of these tables. -> SimpleNamespace."""
-    path = tables.root / f"{tables.version}.{kind}.npz"
-    stamp = json.dumps([LAYOUT, [[name, *_size_and_time(tables.folder / f"{name}.json")] for name in names.split()]])
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}  # every byte has its checksum looked at
-        if str(arrays.pop("stamp")) == stamp:
-            return SimpleNamespace(**arrays)
-        _note(f"{path}: made of other tables than these; it is made anew")
-    except FileNotFoundError:
-        pass
-    except Exception as e:  # numpy answers a broken file with half a dozen types
-        _note(f"{path}: not a readable index ({type(e).__name__}); it is made anew")
-    arrays = read(tables.folder)
-    try:
-        with writing(path) as temporary:
-            np.savez(temporary, stamp=stamp, **arrays)
-    except BadInput as e:
-        _note(f"{e}; every start will read the tables again")
-    return SimpleNamespace(**arrays)
+    path = tables.root / f"{tables.version}.{kind}.index"
+    stamp = [[name, *_size_and_time(tables.folder / f"{name}.json")] for name in names.split()]
+    return SimpleNamespace(**data_index.kept(path, stamp, lambda: read(tables.folder)))
 
 
 def _size_and_time(path):
@@ -420,10 +431,6 @@ def _size_and_time(path):
     except OSError as e:
         raise BadInput(f"{path}: {why_unread(path, e, 'missing')}; it is a table of nuScenes") from None
     return status.st_size, status.st_mtime_ns
-
-
-def _note(message):
-    print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 # -----------------------------------------------------------------------------

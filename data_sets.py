@@ -51,14 +51,15 @@ def pool_frames(
     skip_missing=False,
     flag="--splits",
     named=True,
+    limit=0,
     clouds=True,
 ):
-    """Frames of several folders, none of them twice. -> frames, notes to print.
+    """Frames of several folders, none of them twice. -> data.Frames, notes to print.
 
     cameras, version: of nuScenes alone. clouds=False: images are enough. All else, and what is raised, as
     data_kitti.pool_frames and data_nuscenes.pool_frames have it.
     """
     if all_nuscenes(roots):
-        rules = cameras, version, frame_stride, skip_missing
-        return data_nuscenes.pool_frames(roots, splits or (), *rules, flag, clouds)
-    return data_kitti.pool_frames(roots, splits, frame_stride, skip_missing, flag, named, clouds)
+        rules = cameras, version, frame_stride, skip_missing, flag, limit, clouds
+        return data_nuscenes.pool_frames(roots, splits or (), *rules)
+    return data_kitti.pool_frames(roots, splits, frame_stride, skip_missing, flag, named, limit, clouds)

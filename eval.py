@@ -114,8 +114,7 @@ def choose_frames(c, data_root, splits, limit, frame_stride):
     roots, named = data_root or c.eval_root or c.data_root, bool(splits)
     version = "auto" if data_root else c.version
     asked = dataclasses.replace(c, frame_stride=frame_stride, version=version)
-    frames = simipu.find_frames(asked, roots, splits or c.eval_splits, named)
-    frames = data.evenly_spread(frames, limit or c.eval_frames)
+    frames = simipu.find_frames(asked, roots, splits or c.eval_splits, named, limit or c.eval_frames)
     if len(frames) < 2:
         where = f"--data-root {' '.join(map(str, roots))}"
         need = "judging needs two or more, for the other frame's image"
@@ -128,13 +127,12 @@ def seen_in_training(frames, files):
     their drives.
     """
     notes = []
-    own_drives = {f.drive for f in frames}
     for name, saved in files.items():
-        seen = set(data.inventory(frames)) & set(saved.get("inventory", ()))
-        drives = own_drives & set(saved.get("drives", ()))
+        seen = data.count_seen(data.inventory(frames), saved.get("inventory", ()))
+        drives = data.drives_of(frames) & set(saved.get("drives", ()))
         where = None
         if seen:
-            where = f"{len(seen)} of these {len(frames)} frames"
+            where = f"{seen} of these {len(frames)} frames"
         elif drives:
             where = f"other frames of {len(drives)} of these drives, {min(drives)} among them"
         if where:
@@ -157,7 +155,8 @@ def match(
     json: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ):
-    """Does a place point out its own pixel, on frames of drives not trained on? Beside a random network, always.
+    """Does a place point out its own pixel, on frames of drives not trained on? Beside a random network, always. Under
+    torchrun every process judges its share.
 
     Args:
         checkpoints: A run's last.pt, or several.
@@ -173,7 +172,8 @@ def match(
     at_least(1, frames=frames, frame_stride=frame_stride)
     if not checkpoints:
         raise BadInput("match: no checkpoint given")
-    device = runtime.start_run(device).device
+    process = runtime.start_run(device)
+    device = process.device
     names = names_of(checkpoints, ("random", "wrong pairs"))
     runs = {name: load_run(path, device) for name, path in names.items()}
     first = next(iter(runs.values()))
@@ -188,11 +188,12 @@ def match(
     if control:
         notes += other_budget(wrong, first)
 
-    rows = {"random": eval_match.match(simipu.untrained(first.c, device), chosen, first.c, device)}
+    rows = {"random": eval_match.match(simipu.untrained(first.c, device), chosen, first.c, device, process)}
     for name, run in runs.items():
-        rows[name] = eval_match.match(run.model, chosen, run.c, device)
-    print("\n".join(notes + eval_match.match_table(rows)))
-    if json:
+        rows[name] = eval_match.match(run.model, chosen, run.c, device, process)
+    if process.main:
+        print("\n".join(notes + eval_match.match_table(rows)))
+    if json and process.main:
         with writing(json) as temporary:
             temporary.write_text(dump_json(rows, indent=1) + "\n")
 
@@ -437,7 +438,7 @@ def depth(
         if not preset:
             presets = ", ".join(finetune_depth.PRESETS)
             raise BadInput(f"{source}: a folder of predictions; --preset must say of what: {presets}")
-        model, c, trained_on = None, finetune_depth.PRESETS[preset][1], set()
+        model, c, trained_on = None, finetune_depth.PRESETS[preset][1], ()
     else:
         model, c, trained_on = load_depth_run(source, preset, run.device)
     pairs, notes = data_depth.find_pairs(
@@ -448,10 +449,9 @@ def depth(
         frame_stride or c.frame_stride,
         skip_missing or c.skip_missing,
         named=bool(splits),
+        limit=c.eval_frames if frames is None else frames,
     )
-    limit = c.eval_frames if frames is None else frames
-    pairs = data.evenly_spread(pairs, limit or len(pairs))
-    seen = len(trained_on & set(data.inventory(pairs)))
+    seen = data.count_seen(data.inventory(pairs), trained_on)
     if seen:
         notes.append(f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter")
 
@@ -485,8 +485,8 @@ def depth(
 
 def load_depth_run(path, preset, device):
     """finetune_depth's last.pt, or a checkpoint of the toolbox with a preset that says what it is of; a preset with a
-    last.pt says what other data it is to be judged on. -> model in eval mode, Config, names and sizes of the files it
-    was trained on. Raises BadInput for any other file.
+    last.pt says what other data it is to be judged on. -> model in eval mode, Config, the inventory of what it was
+    trained on. Raises BadInput for any other file.
     """
     saved = read_checkpoint(path)
     theirs = saved.get("state_dict") if isinstance(saved, dict) else None
@@ -502,7 +502,7 @@ def load_depth_run(path, preset, device):
             c = dataclasses.replace(finetune_depth.PRESETS[preset][1], **own)
     model = finetune_depth.DepthNet(c)
     runtime.load_exactly(model, tensors, path)
-    return model.to(device, memory_format=torch.channels_last).eval(), c, set(saved.get("inventory", ()))
+    return model.to(device, memory_format=torch.channels_last).eval(), c, saved.get("inventory", ())
 
 
 def det3d(
@@ -559,7 +559,7 @@ def det3d(
         eval_boxes.check_frames(chosen, c, chosen if labelled else ())
         if not (labelled or save):
             raise BadInput("--splits test: has no labels to judge by; --save writes what is found there")
-        seen = len(trained_on & set(data.inventory(chosen)))
+        seen = data.count_seen(data.inventory(chosen), trained_on)
         if seen:
             print(f"note: {source} was trained on {seen} of these {len(chosen)} frames: its figures will flatter")
         found, lines = judge_detector(model, chosen, c, run, save, drawn, labelled)
@@ -572,8 +572,8 @@ def det3d(
 def frames_to_detect(roots, splits, limit, skip_missing):
     """At most `limit` frames of the splits, 0 for all, evenly spread; with their labels, but for those of test."""
     find = data_kitti.pool_frames if "test" in splits else data_det3d.pool_frames
-    chosen, _ = find(roots, splits, skip_missing=skip_missing)
-    return data.evenly_spread(chosen, limit or len(chosen))
+    chosen, _ = find(roots, splits, skip_missing=skip_missing, limit=limit)
+    return chosen
 
 
 def judge_objects(source, truth, roots, splits, skip_missing):
@@ -603,7 +603,7 @@ def judge_results(folder, roots, splits, limit, skip_missing):
 
 
 def load_detector_run(path, device):
-    """finetune_det3d's last.pt -> model in eval mode, Config, names and sizes of the files it was trained on.
+    """finetune_det3d's last.pt -> model in eval mode, Config, the inventory of what it was trained on.
 
     Raises BadInput for any other file.
     """
@@ -611,7 +611,7 @@ def load_detector_run(path, device):
     c = runtime.config_of(saved, finetune_det3d.Config, path, "finetune_det3d.py")
     model = finetune_det3d.Detector(c)
     runtime.load_exactly(model, saved["model"], path, saved.get("git"))
-    return model.to(device).eval(), c, set(saved.get("inventory", ()))
+    return model.to(device).eval(), c, saved.get("inventory", ())
 
 
 def find_results(folder, frames):
@@ -700,7 +700,7 @@ def mono3d(
             raise BadInput("--data-root: one folder of nuScenes")
         chosen, notes = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits)
         chosen = data_mono3d.few_samples(chosen, c.eval_frames if frames is None else frames)
-        seen = len(trained_on & set(data_mono3d.inventory(chosen)))
+        seen = data.count_seen(data_mono3d.inventory(chosen), trained_on)
         if seen:
             notes.append(
                 f"note: {source} was trained on {seen} of these {len(chosen)} images: its figures will flatter"
@@ -716,7 +716,7 @@ def mono3d(
 
 
 def load_mono_run(path, device):
-    """finetune_mono3d's last.pt -> model in eval mode, Config, names and sizes of the files it was trained on.
+    """finetune_mono3d's last.pt -> model in eval mode, Config, the inventory of what it was trained on.
 
     Raises BadInput for any other file.
     """
@@ -724,7 +724,7 @@ def load_mono_run(path, device):
     c = runtime.config_of(saved, finetune_mono3d.Config, path, "finetune_mono3d.py")
     model = finetune_mono3d.FCOS3D(c)
     runtime.load_exactly(model, saved["model"], path, saved.get("git"))
-    return model.to(device).eval(), c, set(saved.get("inventory", ()))
+    return model.to(device).eval(), c, saved.get("inventory", ())
 
 
 def find_boxes(model, frames, truth, c, run, save, drawn):

@@ -144,7 +144,7 @@ def distinct(places):
 
 
 @torch.no_grad()
-def match(model, frames, c, device):
+def match(model, frames, c, device, run=None):
     """Does a place point out its own pixel, and its own partner in the other view, on these frames (two or more)?
 
     -> dict of `gain`, nats, mean cross-entropy with another frame's image at the same pixels less that with the right
@@ -162,7 +162,8 @@ def match(model, frames, c, device):
     run's own temperature nor over-confidence decides.
 
     Deterministic. The other image is that of a frame half the list away, for neighbours may be near copies. Only two
-    frames are held at a time.
+    frames are held at a time. run: the processes (runtime.Run), each of which takes its share; all of them call this,
+    with the same model.
     """
     unseen = Unseen(frames, c, device)
     model = recalibrated(model, unseen.first_groups(), False)
@@ -170,14 +171,16 @@ def match(model, frames, c, device):
 
     found = {}  # frame: result of `match_frame`
     half = -(-len(frames) // 2)
-    for i in range(half):
+    for i in range(half) if run is None else range(run.rank, half, run.world):
         j = (i + half) % len(frames)
         batches = [unseen.batch([i]), unseen.batch([j])]
         maps = [encode(batch) for batch in batches]
         found[i] = match_frame(model, batches[0], maps[0], maps[1], c)
         if j >= half:  # the odd one out is paired with frame 0, which has been asked
             found[j] = match_frame(model, batches[1], maps[1], maps[0], c)
-    return match_figures(found, device)
+    if run is not None:
+        found = dict(run.gather(list(found.items())))
+    return match_figures(dict(sorted(found.items())), device)
 
 
 def match_frame(model, batch, own_maps, other_maps, c):

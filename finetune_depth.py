@@ -366,11 +366,11 @@ def load_frames(c, run):
     """
     synthetic.write_scenes(c, run)
     find = functools.partial(data_depth.find_pairs, frame_stride=c.frame_stride, skip_missing=c.skip_missing)
-    train, notes = find(c.dataset, c.data_root, c.depth_root, c.splits)
+    train, notes = runtime.main_first(run, lambda: find(c.dataset, c.data_root, c.depth_root, c.splits))
     held_out = []
     if c.eval_splits or c.eval_root:
-        held_out, more = find(c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits, flag="--eval-splits")
-        held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
+        where = c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits
+        held_out, more = find(*where, flag="--eval-splits", limit=c.eval_frames)
         notes += more
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     data.check_unseen(train, held_out, flag)
@@ -395,14 +395,15 @@ def train(c):
     notes += [note] if note else []
     if len(pairs) < c.batch_size:
         raise BadInput(f"--batch-size {c.batch_size}: the {len(pairs)} pairs found are too few")
-    inventory = data.inventory(pairs)
+    lines = data.inventory(pairs)
+    inventory, fingerprint = data.digests(lines), data.fingerprint(lines)
     steps_per_epoch = len(pairs) // c.batch_size
     steps = c.max_steps or c.epochs * steps_per_epoch
     # the encoder's start is part of the experiment, the path it lay at is not
     start = {"init": "none" if c.init == "none" else runtime.hash_of(model.backbone.state_dict())}
-    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)} | start
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": fingerprint} | start
     judgement = (lambda: eval_depth.judge(model, held_out, c, run)) if held_out else None
-    loop = Loop(c, run, model, [optimizer], identity, [p.name for p in pairs], "depth", judgement)
+    loop = Loop(c, run, model, [optimizer], identity, data.Names(pairs), "depth", judgement)
     dataset = data_depth.DepthFrames(pairs, c)
     batches = data.Batches(len(pairs), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
     if c.resident:

@@ -518,11 +518,11 @@ def load_frames(c, run):
     """-> frames to train on, frames held out, notes to print. Raises BadInput as data_det3d.pool_frames, and for frames
     that are not those of the protocol, or whose points lack a number."""
     synthetic.write_scenes(c, run)
-    train, notes = data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing)
+    train, notes = runtime.main_first(run, lambda: data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing))
     held_out, flag = [], "--eval-splits"
     if c.eval_splits or c.eval_root:
-        held_out, more = data_det3d.pool_frames(c.eval_root or c.data_root, c.eval_splits, c.skip_missing, flag)
-        held_out = data.evenly_spread(held_out, c.eval_frames or len(held_out))
+        roots = c.eval_root or c.data_root
+        held_out, more = data_det3d.pool_frames(roots, c.eval_splits, c.skip_missing, flag, c.eval_frames)
         notes += more
     eval_boxes.check_frames(train, c, held_out)
     flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])
@@ -578,7 +578,7 @@ def train(c):
     labelled = {"frames": data.fingerprint(data_det3d.inventory(frames))}
     identity = runtime.as_json(c, without=FREE) | {"group": group} | labelled | start
     judgement = (lambda: eval_boxes.judge(model, held_out, c, run)) if held_out else None
-    loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "det3d", judgement)
+    loop = Loop(c, run, model, optimizers, identity, data.Names(frames), "det3d", judgement)
     bank = data_det3d.open_bank(frames, loop.folder, c.keep_rows, run) if c.moca else None
     dataset = data_det3d.DetectionFrames(frames, c, model.layout, bank)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
@@ -629,7 +629,7 @@ def train(c):
             stats = loop.report(step // steps_per_epoch, stats)
             loop.bar.set_postfix_str(f"loss {stats['loss']:.3f}")
         if loop.saving:  # first: judging may stop at a broken file
-            loop.save(inventory=inventory)
+            loop.save(inventory=data.digests(inventory))
         if loop.judging:
             loop.judge()
     if not loop.stopping:

@@ -554,18 +554,14 @@ def check_config(c, world):
 def load_frames(c, run):
     """-> frames to train on, frames held out, notes to print. Raises BadInput as data_mono3d.pool_frames."""
     synthetic.write_scenes(c, run)
-    if c.dataset == "nuscenes" and run.world > 1:  # one process reads the tables, the others its index
-        if run.main:
-            data_mono3d.pool_frames(c, c.data_root, c.splits)
-        run.any(False)
-    train, notes = data_mono3d.pool_frames(c, c.data_root, c.splits)
+    train, notes = runtime.main_first(run, lambda: data_mono3d.pool_frames(c, c.data_root, c.splits))
     held_out, flag = [], "--eval-splits"
     if c.eval_splits or c.eval_root:
         held_out, more = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits, flag)
         held_out = data_mono3d.few_samples(held_out, c.eval_frames)
         notes += more
     flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])
-    data_mono3d.check_unseen(train, held_out, flag)
+    data.check_unseen(train, held_out, flag, data_mono3d.inventory)
     shared = data.shared_drives(train, held_out, flag)
     if c.labels < 1:
         train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
@@ -597,7 +593,7 @@ def train(c):
     identity = runtime.as_json(c, without=FREE) | {"group": group} | labelled | start
     truth = eval_mono3d.read_truth(c, held_out) if held_out else None
     judgement = (lambda: eval_mono3d.judge(model, held_out, truth, c, run)) if held_out else None
-    loop = Loop(c, run, model, [optimizer], identity, [f.name for f in frames], "mono3d", judgement)
+    loop = Loop(c, run, model, [optimizer], identity, data.Names(frames), "mono3d", judgement)
     dataset = data_mono3d.MonoFrames(frames, c)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
     loaded = stream(dataset, batches, data_mono3d.collate, c.workers, run)
@@ -643,7 +639,7 @@ def train(c):
             stats = loop.report(step // steps_per_epoch, stats)
             loop.bar.set_postfix_str(f"loss {stats['loss']:.3f}")
         if loop.saving:  # first: judging may stop at a broken file
-            loop.save(inventory=inventory)
+            loop.save(inventory=data.digests(inventory))
         if loop.judging:
             loop.judge()
     if not loop.stopping:

@@ -516,7 +516,7 @@ def train(c):
     steps_per_epoch = len(frames) // c.batch_size
     steps = c.max_steps or c.epochs * steps_per_epoch
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
-    loop = Loop(c, run, model, [optimizer], identity, [f.name for f in frames])
+    loop = Loop(c, run, model, [optimizer], identity, data.Names(frames))
     model.steps = loop.start
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
     loaded = stream(ViewFrames(frames, c), batches, data.collate, c.workers, run)
@@ -565,7 +565,7 @@ def train(c):
             if run.main:  # first: a run that is finished by its last.pt has its last backbone.pt, too
                 about = {"step": loop.done, "git": loop.about["git"]}
                 weights.save_backbone(model.encoder_q[0], c.image_encoder, about, loop.folder / "backbone.pt")
-            loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
+            loop.save(inventory=data.digests(inventory), drives=sorted(data.drives_of(frames)))
     if not loop.stopping:
         finish(run, loop)
         loop.end()

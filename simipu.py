@@ -587,15 +587,15 @@ def build_optimizers(model, c):
 # training
 
 
-def pool_frames(c, roots, splits, flag="--splits", named=True, clouds=True):
+def pool_frames(c, roots, splits, flag="--splits", named=True, limit=0, clouds=True):
     """Frames as the config wants them, and notes to print. Raises BadInput as data_sets.pool_frames does."""
     rules = c.cameras, c.version, c.frame_stride, c.skip_missing
-    return data_sets.pool_frames(roots, splits, *rules, flag, named, clouds)
+    return data_sets.pool_frames(roots, splits, *rules, flag, named, limit, clouds)
 
 
-def find_frames(c, roots, splits, named=False):
+def find_frames(c, roots, splits, named=False, limit=0):
     """Frames to judge on, as pool_frames finds them."""
-    return pool_frames(c, roots, splits, named=named)[0]
+    return pool_frames(c, roots, splits, named=named, limit=limit)[0]
 
 
 def training_frames(c, run, clouds=True):
@@ -616,9 +616,8 @@ def load_frames(c, run):
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
     roots, flag = c.eval_root or c.data_root, "--eval-splits"
-    held_out, more = pool_frames(c, roots, c.eval_splits, flag)
+    held_out, more = pool_frames(c, roots, c.eval_splits, flag, limit=c.eval_frames)
     notes += [note for note in more if note not in notes]
-    held_out = data.evenly_spread(held_out, c.eval_frames)
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     data.check_unseen(frames, held_out, flag)
     if len(held_out) < 2:
@@ -686,16 +685,17 @@ def train(c):
     notes += [note] if note else []
     if len(frames) < max(c.batch_size, 2):
         raise BadInput(f"--batch-size {c.batch_size}: the {len(frames)} frames found are too few")
-    inventory = data.inventory(frames)
+    lines = data.inventory(frames)
+    inventory, fingerprint, drives = data.digests(lines), data.fingerprint(lines), sorted(data.drives_of(frames))
     steps_per_epoch = len(frames) // c.batch_size
     steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
-    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": data.fingerprint(inventory)}
+    identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": fingerprint}
     if c.gather_negatives:
         identity["processes"] = run.world
         notes += ["note: --gather-negatives: with one process there are no others"] if run.world == 1 else []
     # on every rank: recalibrating batch norm talks to the others
-    judgement = (lambda: eval_match.match(model, held_out, c, run.device)) if held_out else None
-    loop = Loop(c, run, model, optimizers, identity, [f.name for f in frames], "match", judgement)
+    judgement = (lambda: eval_match.match(model, held_out, c, run.device, run)) if held_out else None
+    loop = Loop(c, run, model, optimizers, identity, data.Names(frames), "match", judgement)
     sweeps = None if c.same_sweep else data.sweeps_of(frames)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps, sweeps)
     loaded = stream(data.PretrainFrames(frames, c), batches, data.collate, c.workers, run)
@@ -749,7 +749,7 @@ def train(c):
                 about = {"step": loop.done, "git": loop.about["git"]}
                 weights.save_backbone(model.img_backbone, c.image_encoder, about, loop.folder / "backbone.pt")
             # for eval.py: what it is not to be judged on
-            loop.save(inventory=inventory, drives=sorted({f.drive for f in frames if f.drive}))
+            loop.save(inventory=inventory, drives=drives)
         if loop.judging:
             loop.judge()
     if not loop.stopping:
@@ -773,7 +773,7 @@ def finish(model, c, run, frames, held_out, loop):
         pictures.draw_pairs(model, view, folder / "pairs.png", lambda a, b: match_places(a, b, c.matching))
         print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/")
     if held_out:
-        random = eval_match.match(untrained(c, run.device), held_out, c, run.device)
+        random = eval_match.match(untrained(c, run.device), held_out, c, run.device, run)
         if run.main:
             print("\n" + "\n".join(eval_match.match_table({"random": random, "trained": loop.judged})))
 

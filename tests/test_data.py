@@ -1,5 +1,8 @@
 """Every augmentation is a matrix: pixels, points and boxes stay together through all of them."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -454,6 +457,64 @@ def test_clouds_that_are_no_files(tmp_path):
     assert refusal(data.read_cloud, tmp_path / "odd.bin").startswith("truncated, 33 bytes")
     assert refusal(data.read_cloud, tmp_path / "nothing.bin") == "no such file"
     assert refusal(data.read_cloud, tmp_path) == "a folder, where a file is wanted"
+
+
+def test_a_checkpoint_knows_its_frames_in_eight_bytes_each():
+    """At the size of Waymo's front cameras; before, and in other checkpoints still, they were lines."""
+    lines = [
+        f"training/{i}_1024360143612057520_3580_000_3600_000_1553735853462203_FRONT 412345 {i}" for i in range(158_081)
+    ]
+    digests, file = data.digests(lines), io.BytesIO()
+    torch.save({"inventory": digests}, file)
+    assert len(file.getvalue()) < 2e6 and len(set(digests.tolist())) == len(lines)
+    assert digests.tolist() == torch.cat([data.digests(lines[:9]), data.digests(lines[9:])]).tolist()
+    assert len(data.digests([])) == 0
+
+
+def test_frames_of_several_sources():
+    """One after another, each source once; names, sizes and drives come in the frames' order."""
+
+    class Source:
+        def __init__(self, name):
+            self.name = name
+
+        def frame(self, row):
+            path = Path(self.name, str(row))
+            return data.Frame(f"{self.name}/{row}", path, path, (), data_kitti.RIG, self.name)
+
+        def names(self, cells):
+            return [f"{self.name}/{row}" for row in cells[:, 0]]
+
+        def images(self, cells):
+            return [f"/{self.name}/{row}" for row in cells[:, 0]]
+
+        def sizes(self, cells):
+            return np.stack([cells[:, 0], 10 * cells[:, 0]], 1)
+
+        def drives(self, cells):
+            return {self.name}
+
+        def sweeps(self, cells):
+            return cells[:, 0] // 2
+
+    a, b = Source("a"), Source("b")
+    first = data.Frames([a, b], np.array([[1, 3], [0, 2], [0, 3]]))
+    frames = data.join([first, data.Frames([b], np.array([[0, 3], [0, 5]]))])
+    names = ["b/3", "a/2", "a/3", "b/3", "b/5"]
+    assert [f.name for f in frames] == data.names_of(frames) == list(data.Names(frames)) == names
+    assert len(frames.sources) == 2 and frames[-1].name == "b/5" and data.drives_of(frames) == {"a", "b"}
+    assert data.inventory(frames) == ["b/3 3 30", "a/2 2 20", "a/3 3 30", "b/3 3 30", "b/5 5 50"]
+    sweeps = data.sweeps_of(frames)
+    assert sweeps[1] == sweeps[2] and sweeps[0] == sweeps[3] and len(set(sweeps)) == 3
+    kept, repeats = data.without_repeats(frames)
+    assert [f.name for f in kept] == ["b/3", "a/2", "a/3", "b/5"] and [f.name for f in repeats] == ["b/3"]
+    assert [f.name for f in data.evenly_spread(frames, 2)] == ["b/3", "a/3"] and frames[1:3] == frames[np.array([1, 2])]
+    pairs = data.Frames(frames.sources, frames.cells, lambda frame: frame.name.upper())
+    assert pairs[1] == "A/2" and list(pairs[3:]) == ["B/3", "B/5"]
+    with pytest.raises(BadInput, match="--x: 2 of its frames are trained on, a/2 among them"):
+        data.check_unseen(frames, data.Frames([a], np.array([[0, 1], [0, 2], [0, 3]])), "--x")
+    with pytest.raises(IndexError):
+        frames[5]
 
 
 def test_repeated_frames_are_told_by_their_image(tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pickle
 import re
 import shutil
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from test_loop import MINI, SMALL
 import data
 import data_kitti
 import simipu
-from files import BadInput
+from files import BadInput, file_size
 
 
 @pytest.fixture
@@ -443,6 +445,149 @@ def test_raw_drives_beside_an_object_root(two_drives, scenes):
 def test_the_preset_of_raw_drives_takes_them_all(two_drives):
     c = simipu.PRESETS["kitti_raw"][1]
     assert len(data_kitti.find_frames(two_drives, c.splits, 1)) == 8
+
+
+# -----------------------------------------------------------------------------
+# many frames
+
+
+@pytest.fixture
+def many(copy, monkeypatch):
+    """A root whose frames are many enough for an index, and a list of the files that are asked for their size."""
+    asked = []
+    monkeypatch.setattr(data_kitti, "INDEXED", 5)
+    monkeypatch.setattr(data_kitti, "SAMPLED", 3)
+    monkeypatch.setattr(data_kitti, "file_size", lambda path: (asked.append(path), file_size(path))[1])
+    return copy, asked
+
+
+def test_frames_are_the_same_with_an_index_and_without(copy, monkeypatch, request):
+    splits = ["train", "val"]
+    plain, lines = data_kitti.find_frames(copy, splits), data.inventory(data_kitti.find_frames(copy, splits))
+    assert not (copy / "training.index").exists()
+    root, asked = request.getfixturevalue("many")
+    for times in (8 * 3, 3 * 3):  # all files; then a few, to see whether the index is still of them
+        asked.clear()
+        frames, notes = data_kitti.pool_frames([root], splits)
+        assert frames == plain and notes == [] and len(asked) == times
+        assert data.inventory(frames) == lines and data.sweeps_of(frames).tolist() == frames.cells[:, 1].tolist()
+        assert len(asked) == times
+    index = (copy / "training.index").read_bytes()
+    assert data_kitti.find_frames(root, ["val"]) == plain[6:] and (copy / "training.index").read_bytes() == index
+
+
+def later(folder):
+    """As if something had been done to it a second later: some disks have no finer times."""
+    time = folder.stat().st_mtime_ns + 10**9
+    os.utime(folder, ns=(time, time))
+
+
+def lose_cloud(root):
+    files(root)[1].unlink()
+    return f"{files(root)[1].name}: missing"
+
+
+def lose_cloud_unnoticed_by_time(root):
+    folder = files(root)[1].parent
+    time = folder.stat().st_mtime_ns
+    files(root)[1].unlink()
+    os.utime(folder, ns=(time, time))
+    return f"{files(root)[1].name}: missing"
+
+
+def cut_cloud(root):
+    """In its place: the folder's time stays. It is the first, one of those that are looked at."""
+    files(root)[1].write_bytes(files(root)[1].read_bytes()[:-3])
+    return f"{files(root)[1].name}: truncated"
+
+
+def lose_calib(root):
+    files(root)[2].unlink()
+    later(files(root)[2].parent)
+    return f"{files(root)[2].name}: missing"
+
+
+@pytest.mark.parametrize("change", [lose_cloud, lose_cloud_unnoticed_by_time, cut_cloud, lose_calib])
+def test_an_index_of_other_files_is_made_anew(many, capsys, change):
+    root, _ = many
+    data_kitti.find_frames(root)
+    expected = change(root)
+    with pytest.raises(BadInput, match=expected):
+        data_kitti.find_frames(root)
+    assert capsys.readouterr().err == f"note: {root}/training.index: made of other files than these; it is made anew\n"
+
+
+def test_more_frames_make_another_index(many, capsys):
+    root, _ = many
+    assert len(data_kitti.find_frames(root, ["trainval"])) == 8
+    for path in files(root):
+        shutil.copy(path, path.with_stem("000999"))
+    (root / "ImageSets" / "trainval.txt").unlink()
+    frames = data_kitti.find_frames(root, ["trainval"])
+    assert len(frames) == 9 and frames[-1].name == "training/000999"
+    assert "made of other files" in capsys.readouterr().err
+
+
+def test_a_broken_index_is_a_line_and_made_anew(many, capsys):
+    root, _ = many
+    frames = data_kitti.find_frames(root, ["trainval"])
+    index = root / "training.index"
+    raw = bytearray(index.read_bytes())
+    raw[-70] ^= 1  # a size
+    index.write_bytes(raw)
+    assert data_kitti.find_frames(root, ["trainval"]) == frames
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {index}: not a readable index (") and said.count("\n") == 1
+    assert index.read_bytes() != raw
+
+
+def test_what_lists_name_and_no_folder_has_is_missing_with_an_index_too(many):
+    root, _ = many
+    for split in ("train", "val"):
+        with open(root / "ImageSets" / f"{split}.txt", "a") as f:
+            f.write("000777\n000778\n")
+    for _ in range(2):
+        frames, notes = data_kitti.pool_frames([root], ["train", "val"], skip_missing=True)
+        assert len(frames) == 8 and "8 frames in " in notes[0] and "4 without image or cloud" in notes[0]
+        with pytest.raises(BadInput, match="000777.png: missing"):
+            data_kitti.find_frames(root, ["train", "val"])
+    assert len(data_kitti.list_frames(root, ["trainval"])) == 8
+
+
+def test_few_of_many_are_chosen_without_looking_through_them(many):
+    """What an evaluation judges: the same as if all were looked through, and no file of another is asked for."""
+    root, asked = many
+    every = data_kitti.find_frames(root, ["trainval"])
+    (root / "training.index").unlink()
+    asked.clear()
+    few, _ = data_kitti.pool_frames([root], ["trainval"], limit=3)
+    assert few == data.evenly_spread(every, 3)
+    assert sorted(map(str, asked)) == sorted(str(path) for f in few for path in (f.image, f.cloud, *f.calib))
+    every[1].cloud.unlink()  # not one of them
+    assert data_kitti.pool_frames([root], ["trainval"], limit=3)[0] == few
+
+
+def test_twins_among_many(many, tmp_path):
+    root, _ = many
+    once = data_kitti.find_frames(root)
+    (tmp_path / "link").symlink_to(root)
+    frames, (note,) = data_kitti.pool_frames([root, tmp_path / "link"])
+    assert frames == once and "6 frames that are listed twice" in note
+    other = once[1].image.with_stem("000900")
+    other.symlink_to(once[0].image.name)
+    for path in (once[0].cloud, once[0].calib[0]):
+        shutil.copy(path, path.with_stem("000900"))
+    (root / "ImageSets" / "train.txt").write_text("000900\n" + (root / "ImageSets" / "train.txt").read_text())
+    frames, (note,) = data_kitti.pool_frames([root])
+    assert len(frames) == 6 and frames[0].name == "training/000900" and f"{once[0].name} among them" in note
+
+
+def test_frames_are_small(scenes):
+    """What a loading process gets of a data set does not hold a Frame of each."""
+    frames = data_kitti.find_frames(scenes, ["trainval"])
+    grown = data.Frames(frames.sources, np.tile(frames.cells, (10_000, 1)))
+    pickled = len(pickle.dumps(data.PretrainFrames(grown, simipu.Config())))
+    assert len(grown) == 80_000 and pickled < 80_000 * 8 + 10_000
 
 
 # -----------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import data
+import data_index
 import data_nuscenes
 import ops_boxes
 import simipu
 from data_nuscenes import CAMERAS, CLASSES, SPLITS
-from files import BadInput
+from files import BadInput, file_size
 
 AIMS = dict(zip(CAMERAS, (0, -55, -110, 180, 110, 55)))  # degrees from ahead, to the left
 WIDTH, HEIGHT = 160, 90
@@ -136,7 +137,7 @@ def made_up(tmp_path_factory):
 @pytest.fixture
 def copy(made_up, tmp_path):
     """made_up, for spoiling."""
-    return Path(shutil.copytree(made_up, tmp_path / "root", ignore=shutil.ignore_patterns("*.npz")))
+    return Path(shutil.copytree(made_up, tmp_path / "root", ignore=shutil.ignore_patterns("*.index")))
 
 
 @pytest.fixture(scope="session")
@@ -443,7 +444,7 @@ def names_and_matrices(root):
 
 def test_tables_are_read_once(copy, monkeypatch, capsys):
     before = names_and_matrices(copy)
-    assert sorted(path.name for path in copy.glob("*.npz")) == ["v1.0-mini.frames.npz", "v1.0-mini.labels.npz"]
+    assert sorted(path.name for path in copy.glob("*.*x")) == ["v1.0-mini.frames.index", "v1.0-mini.labels.index"]
     monkeypatch.setattr(data_nuscenes, "read_rows", None)
     after = names_and_matrices(copy)
     assert before[0] == after[0]
@@ -455,7 +456,7 @@ def test_tables_are_read_once(copy, monkeypatch, capsys):
 def test_labels_are_not_read_for_who_does_not_ask(copy):
     (copy / "v1.0-mini" / "sample_annotation.json").unlink()
     frames = data_nuscenes.find_frames([copy], ["mini_train"])
-    assert not (copy / "v1.0-mini.labels.npz").exists()
+    assert not (copy / "v1.0-mini.labels.index").exists()
     with pytest.raises(BadInput, match=r"sample_annotation.json: missing; it is a table of nuScenes"):
         frames[0].labels()
 
@@ -468,7 +469,7 @@ def test_other_tables_make_another_index(copy, capsys):
     rewrite(copy, "sample", lambda rows: leave_out(rows, "token", "sample scene-0061 0"))
     assert names_and_matrices(copy)[0] == names[6:]
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all("made of other tables than these; it is made anew" in line for line in said)
+    assert len(said) == 2 and all("made of other files than these; it is made anew" in line for line in said)
 
 
 def test_a_table_of_the_same_size_and_another_time_makes_another_index(copy, capsys):
@@ -477,37 +478,50 @@ def test_a_table_of_the_same_size_and_another_time_makes_another_index(copy, cap
     path.write_text(path.read_text().replace("126.0", "136.0"))
     os.utime(path, ns=(1, 1))
     names_and_matrices(copy)
-    assert "frames.npz: made of other tables" in capsys.readouterr().err
+    assert "frames.index: made of other files" in capsys.readouterr().err
     assert data_nuscenes.find_frames([copy], ["mini_train"])[0].intrinsic()[0, 0] == 136
 
 
 @pytest.mark.parametrize("spoil", ["cut", "flip", "empty", "text", "other"])
 def test_a_broken_index_is_a_line_and_made_anew(copy, capsys, spoil):
     before = names_and_matrices(copy)
-    index = copy / "v1.0-mini.frames.npz"
+    index = copy / "v1.0-mini.frames.index"
     raw = bytearray(index.read_bytes())
     size = len(raw)
     if spoil == "flip":
         raw[size // 2] ^= 255  # within the matrices
     broken = {"cut": raw[: size // 2], "flip": raw, "empty": b"", "text": b"once upon a time"}
     if spoil == "other":
-        np.savez(index, scene=np.zeros(3))
+        data_index.write(index, None, {"scene": np.zeros(3)})
     else:
         index.write_bytes(broken[spoil])
     after = names_and_matrices(copy)
     assert before[0] == after[0]
     np.testing.assert_array_equal(before[1], after[1])
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(f"note: {index}: not a readable index")
+    wrong = "made of other files than these" if spoil == "other" else "not a readable index"
+    assert len(said) == 1 and said[0].startswith(f"note: {index}: {wrong}")
     assert index.stat().st_size == size
 
 
-def test_an_index_that_cannot_be_written_is_kept_in_memory(copy, capsys):
-    index = copy / "v1.0-mini.frames.npz"
-    (index / "taken").mkdir(parents=True)  # permissions would not stop a superuser
-    assert len(data_nuscenes.find_frames([copy], ["mini_train"])) == 30
-    said = capsys.readouterr().err
-    assert f"{index}: not written" in said and "every start will read the tables again" in said
+def test_sizes_of_many_files_have_an_index(copy, capsys, monkeypatch):
+    """The same frames, and the same is missing, with and without; later nothing is asked but of some."""
+    found = lambda: data_nuscenes.find_frames([copy], ["mini_train"])
+    asked = []
+    monkeypatch.setattr(data_nuscenes, "file_size", lambda path: (asked.append(path), file_size(path))[1])
+    plain, lines = found(), data.inventory(found())
+    monkeypatch.setattr(data_nuscenes, "INDEXED", 10)
+    monkeypatch.setattr(data_nuscenes, "SAMPLED", 3)
+    for times in (7 * 7, 3):
+        asked.clear()
+        data_nuscenes.open_tables.cache_clear()
+        assert found() == plain and data.inventory(found()) == lines and len(asked) == times
+    assert (copy / "v1.0-mini.sizes.index").exists()
+    plain[4].image.unlink()
+    data_nuscenes.open_tables.cache_clear()
+    with pytest.raises(BadInput, match=f"^{plain[4].image}: missing "):
+        found()
+    assert "sizes.index: made of other files than these" in capsys.readouterr().err
 
 
 def test_rows_come_whole_from_any_chunks(tmp_path, monkeypatch):

@@ -147,6 +147,14 @@ def test_match_command(run_here, runs, scenes, tmp_path):
     assert len(out.splitlines()) == 3 + 3 + 4  # notes, titles, rows
 
 
+def test_two_processes_say_what_one_says(run_script, run_here, runs):
+    """Once, and the same."""
+    arguments = ["match", runs[0], "--splits", "trainval", "--frames", 6, "--device", "cpu"]
+    done = run_script("eval.py", *arguments, processes=2)
+    status, out, err = run_here(evaluate, *arguments)
+    assert status == done.returncode == 0 and done.stdout == out, done.stderr + err
+
+
 def test_a_run_is_judged_on_another_data_set(run_here, runs, tmp_path):
     """Seen by what lies in the folder; the run is of KITTI's layout."""
     root = write_root(tmp_path / "nuscenes", {"scene-0061": 1, "scene-0103": 1})
@@ -173,7 +181,9 @@ def test_notes_of_match():
     assert evaluate.other_budget(other, first) == ["note: the control has seen 80 frames, the first run 40"]
     frames = [data.Frame("a/0", Path(__file__), Path(__file__), (), data_kitti.RIG, "drive 7")]
     [seen] = evaluate.seen_in_training(frames, {"x": {"inventory": data.inventory(frames)}, "y": {}})
-    assert seen == "note: x was trained on 1 of these 1 frames: its figures will flatter"
+    assert seen == "note: x was trained on 1 of these 1 frames: its figures will flatter"  # as last.pt once had it
+    digests = data.digests(data.inventory(frames))
+    assert evaluate.seen_in_training(frames, {"x": {"inventory": digests}, "y": {"inventory": digests + 1}}) == [seen]
     [drives] = evaluate.seen_in_training(frames, {"x": {"drives": ["drive 7", "drive 8"]}})
     assert "other frames of 1 of these drives, drive 7 among them" in drives
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,6 +177,29 @@ class Seer(torch.nn.Module):
         return places, self.answer(uv, frame)
 
     def forward(self, batch, report=True): ...
+
+
+@pytest.mark.parametrize("count", [5, 8])
+def test_processes_share_the_judging(frames, monkeypatch, count):
+    """Each takes its share, and the figures are those of one, to the last digit."""
+
+    class Gathered(Exception):
+        pass
+
+    def stop(rows):
+        raise Gathered(rows)
+
+    torch.manual_seed(0)
+    model, some, shares = simipu.SimIPU(TINY), frames[:count], []
+    whole = eval_match.match(model, some, TINY, "cpu")
+    for rank in (0, 1):
+        with pytest.raises(Gathered) as gathered:
+            eval_match.match(model, some, TINY, "cpu", SimpleNamespace(rank=rank, world=2, gather=stop))
+        shares.append(gathered.value.args[0])
+    judged = [[frame for frame, _ in share] for share in shares]
+    assert sorted(judged[0] + judged[1]) == list(range(count)) and abs(len(judged[0]) - len(judged[1])) <= 2
+    every = SimpleNamespace(rank=0, world=2, gather=lambda rows: shares[1] + rows)
+    assert eval_match.match(model, some, TINY, "cpu", every) == whole
 
 
 @pytest.mark.parametrize("sees", [False, True])

@@ -78,7 +78,7 @@ def test_script_reports_bad_flags(run_script, scenes, tmp_path):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ([], "{demo, kitti, kitti_raw, waymo, nuscenes}"),
+        ([], "{demo, kitti, kitti_raw, kitti_odometry, waymo, nuscenes}"),
         (["nonsense"], "nonsense"),
         (["demo", "--places", "many"], "--places: invalid literal"),
         (["demo", "--matching", "best"], "--matching"),
@@ -104,7 +104,10 @@ def test_help_lists_every_flag(run_script):
     [
         (["kitti", "--data-rot", "x"], "Unrecognized options: --data-rot, x; similar: --data-root"),
         (["kitti", "--evl-splits", "--seeed", "4"], "; similar: --eval-splits, --seed, --splits"),
-        (["kitty", "--data-root", "x"], "; Available subcommands: demo, kitti, kitti_raw, waymo, nuscenes"),
+        (
+            ["kitty", "--data-root", "x"],
+            "; Available subcommands: demo, kitti, kitti_raw, kitti_odometry, waymo, nuscenes",
+        ),
     ],
 )
 def test_what_tyro_suggests_stays_in_the_line(run_here, arguments, says):

@@ -9,6 +9,7 @@ from conftest import needs_gpu
 from test_data_kitti import write_sequence
 from test_loop import MINI, SMALL, figures, read_log
 
+import data
 import data_kitti
 import simipu
 
@@ -56,7 +57,8 @@ def test_demo_in_miniature(run_script, run_here, tmp_path):
         assert len(about["data"]["fingerprint"]) == 16 and about["dirty"] in (True, False, None)
         assert about["machine"]["processes"] == 1
     first = [tmp_path / "data/synthetic/training" / part for part in ("image_2/000001.png", "velodyne/000001.bin")]
-    assert "training/000001 {} {}".format(*(path.stat().st_size for path in first)) in saved["inventory"]
+    line = "training/000001 {} {}".format(*(path.stat().st_size for path in first))
+    assert data.digests([line])[0] in saved["inventory"] and len(saved["inventory"]) == 6
 
     # loaded by other processes
     again = run_script("simipu.py", *demo, "--name", "again", "--workers", 0, "--max-steps", 5, "--eval-splits")
