@@ -156,7 +156,7 @@ def with_files(root):
     tables = data_nuscenes.open_tables(root, "v1.0-mini")
     rows = np.arange(len(tables.frames.sample))
     cells = np.stack(np.meshgrid(rows, np.arange(6), indexing="ij"), -1).reshape(-1, 2)
-    return data_nuscenes.Frames([tables], np.insert(data_nuscenes._on_disk(tables, cells, True), 0, 0, axis=1))
+    return data.Frames([tables], np.insert(data_nuscenes._on_disk(tables, cells, True, clouds=True), 0, 0, axis=1))
 
 
 class Devkit:
@@ -259,7 +259,7 @@ def test_every_camera_looks_along_x(made_up):
 def test_every_real_camera_looks_along_x(real):
     tables = data_nuscenes.open_tables(real, "v1.0-mini")
     check_axes(
-        data_nuscenes.Frames([tables], np.array([[0, row, column] for row in (0, 40, 82) for column in range(6)]))
+        data.Frames([tables], np.array([[0, row, column] for row in (0, 40, 82) for column in range(6)]))
     )
 
 
