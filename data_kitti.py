@@ -276,7 +276,7 @@ def pool_frames(
     skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds),
     and sequences that are not there. flag: what the splits were given with, for messages. named: as `fitting_splits`
     takes it. limit: at most so many, evenly spread, 0 for all; files of the others are not asked for, unless
-    skip_missing has to. clouds=False: images are enough, and clouds and calibrations are not asked for.
+    skip_missing has to. clouds=False: images are enough, and clouds and calibrations may be missing.
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty, a missing file, a truncated
     cloud.
     """

@@ -567,7 +567,7 @@ def test_few_of_many_are_chosen_without_looking_through_them(many):
     assert data_kitti.pool_frames([root], ["trainval"], limit=3)[0] == few
 
 
-def test_twins_among_many(many, tmp_path):
+def test_repeats_among_many(many, tmp_path):
     root, _ = many
     once = data_kitti.find_frames(root)
     (tmp_path / "link").symlink_to(root)
