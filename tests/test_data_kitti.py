@@ -707,6 +707,16 @@ def test_a_split_that_no_sequence_is_of(odometry):
         data_kitti.find_frames(odometry, ["vall"])
 
 
+def test_drives_without_clouds_are_found_by_their_images(raw_drive, tmp_path):
+    root = shutil.copytree(raw_drive, tmp_path / "raw")
+    for clouds in list(root.rglob("velodyne_points")):
+        shutil.rmtree(clouds)
+    with pytest.raises(BadInput, match="nor raw"):
+        data_kitti.find_frames(root)
+    frames, _ = data_kitti.pool_frames([root], clouds=False)
+    assert [f.name for f in frames] == [f.name for f in data_kitti.find_frames(raw_drive)]
+
+
 # -----------------------------------------------------------------------------
 # another car's sensors
 
