@@ -74,6 +74,7 @@ class Frame:
     drive: str | None = None  # the recording it is from, where that is known
 
     label = None  # where its labels would lie, in KITTI's layouts that have any
+    suffixes = IMAGES  # that its image is looked for with; none where a table names the file
 
     @property
     def calibrations(self):
@@ -107,7 +108,8 @@ class Frame:
     def _advice(self, path):
         if path in self.calib:
             return "its calibration must lie there"
-        looked_for = f"{', '.join(IMAGES)} are looked for; " if path == self.image else ""
+        by_suffix = path == self.image and self.suffixes
+        looked_for = f"{', '.join(self.suffixes)} are looked for; " if by_suffix else ""
         return f"{looked_for}--skip-missing leaves out frames without image or cloud"
 
     def read_image(self):

@@ -124,15 +124,20 @@ def pool_frames(roots, splits, skip_missing=False, flag="--splits", limit=0):
     Raises BadInput as data_kitti.pool_frames does, and for a root of another layout, a frame without its label, and a
     line in one that is none: before a run begins, not in its middle.
     """
-    for root in roots:
-        if Path(root).is_dir() and not data_kitti.is_object_layout(root):
-            raise BadInput(f"{root}: no training/ in it; labels are in KITTI's object layout alone")
+    check_layout(roots)
     frames, notes = data_kitti.pool_frames(roots, splits, skip_missing=skip_missing, flag=flag, limit=limit)
     for f in frames:
         if not f.label.is_file():
             raise BadInput(f"{f.label}: missing; it holds the boxes of frame {f.name}")
         data_kitti.read_labels(f.label)
     return frames, notes
+
+
+def check_layout(roots):
+    """Raises BadInput for a root that is not in KITTI's object layout."""
+    for root in roots:
+        if Path(root).is_dir() and not data_kitti.is_object_layout(root):
+            raise BadInput(f"{root}: no training/ in it; labels are in KITTI's object layout alone")
 
 
 def inventory(frames):

@@ -276,7 +276,7 @@ def pool_frames(
     skip_missing leaves out frames that lack an image or a cloud (raw drive 2011_09_26_drive_0009 lacks four clouds),
     and sequences that are not there. flag: what the splits were given with, for messages. named: as `fitting_splits`
     takes it. limit: at most so many, evenly spread, 0 for all; files of the others are not asked for, unless
-    skip_missing has to. clouds=False: images are enough, and clouds and calibrations are not asked for.
+    skip_missing has to. clouds=False: images are enough, and clouds and calibrations may be missing.
     Raises BadInput for a missing root, an unknown layout, a list that is missing or empty, a missing file, a truncated
     cloud.
     """
@@ -331,7 +331,7 @@ def list_frames(root, splits=None, frame_stride=1, skip_missing=False, flag="--s
     if sequences_of(root):
         return _odometry_frames(root, splits, frame_stride, skip_missing, flag, clouds)
     if not is_object_layout(root):
-        return _raw_frames(_raw_drives(root, splits, flag), frame_stride, skip_missing, clouds)
+        return _raw_frames(_raw_drives(root, splits, flag, clouds), frame_stride, skip_missing, clouds)
     splits = ("train",) if splits is None else splits
     if not splits:
         raise BadInput(f"{flag}: none given for {root}; it takes names of lists in ImageSets/")
@@ -538,13 +538,13 @@ def _uneven(drive, image_folder, cloud_folder, images, clouds):
     return f"{drive}: {images} images but {clouds} clouds; --skip-missing keeps the frames that have both"
 
 
-def _raw_drives(root, splits, flag):
+def _raw_drives(root, splits, flag, need_clouds):
     """Folders of all drives, or of those that the splits' lists name."""
-    drives = []
-    for pattern in ("velodyne_points", "*/velodyne_points", "*/*/velodyne_points"):
-        for clouds in root.glob(pattern):
-            if not any(part.startswith(".") for part in clouds.relative_to(root).parts):
-                drives.append(clouds.parent)
+    drives, sensor = [], "velodyne_points" if need_clouds else "image_02"
+    for pattern in (sensor, f"*/{sensor}", f"*/*/{sensor}"):
+        for found in root.glob(pattern):
+            if not any(part.startswith(".") for part in found.relative_to(root).parts):
+                drives.append(found.parent)
     if not drives:
         kitti = "KITTI object (training/, testing/) nor odometry (sequences/) nor raw (DATE/DATE_drive_NNNN_sync/)"
         raise BadInput(f"{root}: neither {kitti} nor nuScenes (v1.0-trainval/) lies here")

@@ -116,6 +116,8 @@ class Frame(data.Frame):
     row: int = dataclasses.field(kw_only=True)  # of the sample, in the tables' arrays
     column: int = dataclasses.field(kw_only=True)  # of the camera, in CAMERAS
 
+    suffixes = ()
+
     @property
     def token(self):
         """The sample that it is of, which results files name."""

@@ -127,8 +127,10 @@ def seen_in_training(frames, files):
     their drives.
     """
     notes = []
+    whole, images = data.inventory(frames), data.inventory(frames, clouds=False)  # moco.py's is of images alone
     for name, saved in files.items():
-        seen = data.count_seen(data.inventory(frames), saved.get("inventory", ()))
+        known = saved.get("inventory", ())
+        seen = data.count_seen(whole, known) or data.count_seen(images, known)
         drives = data.drives_of(frames) & set(saved.get("drives", ()))
         where = None
         if seen:
@@ -182,7 +184,8 @@ def match(
         if wrong.c.pairs != "wrong":
             raise BadInput(f"--control {control}: that run was not trained with --pairs wrong")
         runs = {"wrong pairs": wrong} | runs
-    chosen = choose_frames(first.c, data_root, splits, frames, frame_stride)
+    choose = functools.partial(choose_frames, first.c, data_root, splits, frames, frame_stride)
+    chosen = runtime.main_first(process, choose)
     notes = seen_in_training(chosen, {name: run.saved for name, run in runs.items()})
     notes += other_settings(runs, first)
     if control:
@@ -544,6 +547,8 @@ def det3d(
     is_objects, is_folder = truth is not None or source.suffix == ".bin", os.path.isdir(source)
     if (is_objects and protocol == "kitti") or (is_folder and protocol == "waymo"):
         raise BadInput(f"--protocol {protocol}: folders of result files are KITTI's, files of Objects are Waymo's")
+    if is_objects and (frames or save):
+        raise BadInput(f"{source}: a file of predictions; --frames and --save are for detectors")
     if is_objects:
         found, lines = judge_objects(source, truth, data_root, splits or ("val",), skip_missing)
     elif is_folder:
@@ -571,6 +576,7 @@ def det3d(
 
 def frames_to_detect(roots, splits, limit, skip_missing):
     """At most `limit` frames of the splits, 0 for all, evenly spread; with their labels, but for those of test."""
+    data_det3d.check_layout(roots)
     find = data_kitti.pool_frames if "test" in splits else data_det3d.pool_frames
     chosen, _ = find(roots, splits, skip_missing=skip_missing, limit=limit)
     return chosen

@@ -370,7 +370,8 @@ def load_frames(c, run):
     held_out = []
     if c.eval_splits or c.eval_root:
         where = c.dataset, c.eval_root or c.data_root, c.depth_root, c.eval_splits
-        held_out, more = find(*where, flag="--eval-splits", limit=c.eval_frames)
+        judged = functools.partial(find, *where, flag="--eval-splits", limit=c.eval_frames)
+        held_out, more = runtime.main_first(run, judged)
         notes += more
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     data.check_unseen(train, held_out, flag)

@@ -522,7 +522,8 @@ def load_frames(c, run):
     held_out, flag = [], "--eval-splits"
     if c.eval_splits or c.eval_root:
         roots = c.eval_root or c.data_root
-        held_out, more = data_det3d.pool_frames(roots, c.eval_splits, c.skip_missing, flag, c.eval_frames)
+        rules = roots, c.eval_splits, c.skip_missing, flag, c.eval_frames
+        held_out, more = runtime.main_first(run, lambda: data_det3d.pool_frames(*rules))
         notes += more
     eval_boxes.check_frames(train, c, held_out)
     flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])

@@ -616,7 +616,8 @@ def load_frames(c, run):
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
     roots, flag = c.eval_root or c.data_root, "--eval-splits"
-    held_out, more = pool_frames(c, roots, c.eval_splits, flag, limit=c.eval_frames)
+    judged = functools.partial(pool_frames, c, roots, c.eval_splits, flag, limit=c.eval_frames)
+    held_out, more = runtime.main_first(run, judged)
     notes += [note for note in more if note not in notes]
     flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
     data.check_unseen(frames, held_out, flag)

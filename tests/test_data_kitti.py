@@ -567,7 +567,7 @@ def test_few_of_many_are_chosen_without_looking_through_them(many):
     assert data_kitti.pool_frames([root], ["trainval"], limit=3)[0] == few
 
 
-def test_twins_among_many(many, tmp_path):
+def test_repeats_among_many(many, tmp_path):
     root, _ = many
     once = data_kitti.find_frames(root)
     (tmp_path / "link").symlink_to(root)
@@ -705,6 +705,16 @@ def test_a_broken_sequence_is_one_line(odometry, harm):
 def test_a_split_that_no_sequence_is_of(odometry):
     with pytest.raises(BadInput, match="^--splits vall: of .* it must be train, val, test, or a sequence such as 04"):
         data_kitti.find_frames(odometry, ["vall"])
+
+
+def test_drives_without_clouds_are_found_by_their_images(raw_drive, tmp_path):
+    root = shutil.copytree(raw_drive, tmp_path / "raw")
+    for clouds in list(root.rglob("velodyne_points")):
+        shutil.rmtree(clouds)
+    with pytest.raises(BadInput, match="nor raw"):
+        data_kitti.find_frames(root)
+    frames, _ = data_kitti.pool_frames([root], clouds=False)
+    assert [f.name for f in frames] == [f.name for f in data_kitti.find_frames(raw_drive)]
 
 
 # -----------------------------------------------------------------------------

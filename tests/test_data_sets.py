@@ -80,6 +80,7 @@ def test_data_check_names_what_is_broken(tmp_path, capsys):
         data_check.check((root,), workers=2, out=tmp_path / "picture.png")
     said = capsys.readouterr().out
     assert f"{image}: missing (of frame" in said and "BROKEN: 1 findings" in said
+    assert "are looked for" not in said  # its tables name the one file
 
 
 def test_data_check_says_which_sequences_are_not_there(roots, raw_drive, tmp_path, capsys):

@@ -184,6 +184,8 @@ def test_notes_of_match():
     assert seen == "note: x was trained on 1 of these 1 frames: its figures will flatter"  # as last.pt once had it
     digests = data.digests(data.inventory(frames))
     assert evaluate.seen_in_training(frames, {"x": {"inventory": digests}, "y": {"inventory": digests + 1}}) == [seen]
+    images = data.digests(data.inventory(frames, clouds=False))
+    assert evaluate.seen_in_training(frames, {"x": {"inventory": images}}) == [seen]  # as moco.py has it
     [drives] = evaluate.seen_in_training(frames, {"x": {"drives": ["drive 7", "drive 8"]}})
     assert "other frames of 1 of these drives, drive 7 among them" in drives
 

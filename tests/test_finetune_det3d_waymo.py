@@ -164,6 +164,8 @@ def test_two_steps_and_all_that_is_said_of_them(run_here, waymo_scenes, tmp_path
     assert (tmp_path / "unseen" / "predictions.bin").read_bytes() == file.read_bytes()
     status, _, err = run_here(evaluate, *command)
     assert status == 1 and err == "error: --splits test: has no labels to judge by; --save writes what is found there\n"
+    status, _, err = run_here(evaluate, "det3d", out / "last.pt", "--data-root", "found", "--splits", "test")
+    assert status == 1 and err.startswith("error: found: no training/ in it") and err.count("\n") == 1
     status, _, err = run_here(evaluate, "det3d", out / "last.pt", "--protocol", "kitti")
     assert status == 1 and err.endswith("last.pt was trained for waymo\n") and err.count("\n") == 1
 
@@ -224,6 +226,7 @@ WRONG = {
     "no truth": (["good", "--truth", "nothing.bin"], "nothing.bin: not readable (No such file or directory)"),
     "of nothing": (["good", "NOTHING"], "good.bin: a file of predictions; --truth or --data-root must say of what"),
     "of KITTI": (["good", "--data-root", "SCENES"], "training/000003: no frame of data_waymo.py (SEGMENT_TIME"),
+    "frames": (["good", "--frames", "3"], "good.bin: a file of predictions; --frames and --save are for detectors"),
     "protocol": (["good", "--protocol", "kitti"], "--protocol kitti: folders of result files are KITTI's, files of"),
 }
 

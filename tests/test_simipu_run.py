@@ -213,6 +213,13 @@ def test_kitti_odometry(run_script, raw_drive, tmp_path):
     assert len(read_log(tmp_path / "out" / "kitti_odometry")) == 2
 
 
+def test_waymo(run_script, waymo_scenes, tmp_path):
+    arguments = [*MINI, "--max-steps", 2, "--image-encoder", "resnet18"]
+    done = run_script("simipu.py", "waymo", "--data-root", waymo_scenes, *arguments)
+    assert done.returncode == 0 and "waymo: 6 frames" in done.stdout, done.stderr
+    assert len(read_log(tmp_path / "out" / "waymo")) == 2
+
+
 def test_kitti_raw(run_here, kitti, tmp_path):
     if not (kitti / "raw").is_dir():
         pytest.skip("no raw drives beside it")
