@@ -258,9 +258,7 @@ def test_every_camera_looks_along_x(made_up):
 
 def test_every_real_camera_looks_along_x(real):
     tables = data_nuscenes.open_tables(real, "v1.0-mini")
-    check_axes(
-        data.Frames([tables], np.array([[0, row, column] for row in (0, 40, 82) for column in range(6)]))
-    )
+    check_axes(data.Frames([tables], np.array([[0, row, column] for row in (0, 40, 82) for column in range(6)])))
 
 
 def test_boxes_turn_with_the_points(made_up):
