@@ -276,6 +276,6 @@ def bench_mono3d(meter, work):
         with patch.object(ops_deform, "deform_conv2d", peers.gathered_deform_conv2d):
             return ours(dtype)
 
-    shape = f"{' x '.join(map(str, x.shape))}, 3 x 3 to {plain.out_channels}"
+    shape = f"{' x '.join(map(str, x.shape))} -> {plain.out_channels}"
     # 1e-3: where a tap lies on a cell to the last bit, its offset's gradient may be that of either side
     meter.compare("deformable convolution", shape, ours, {"gather": usual}, peers.norms_differ, 1e-3)
