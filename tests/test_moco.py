@@ -19,6 +19,7 @@ import weights
 from files import BadInput
 
 SMALL = "--view 64 32 --queue 8 --hidden 16 --embed-dim 16 --batch-size 4 --group 2 --log-every 1 --workers 0".split()
+SMALL += "--optimizer sgd --lr 0.03".split()  # the recipe's, not the demo's
 SIZE = (200, 100)  # width and height of the images below
 
 
