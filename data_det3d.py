@@ -135,9 +135,9 @@ def pool_frames(roots, splits, skip_missing=False, flag="--splits", limit=0):
     return frames, notes
 
 
-def inventory(frames):
+def inventory(frames, clouds=True):
     """data.inventory with the bytes of the labels: what a run was trained on."""
-    return [f"{line} {f.label.stat().st_size}" for line, f in zip(data.inventory(frames), frames)]
+    return [f"{line} {f.label.stat().st_size}" for line, f in zip(data.inventory(frames, clouds), frames)]
 
 
 def projected_rect(boxes, lidar2img):

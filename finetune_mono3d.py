@@ -511,12 +511,8 @@ def build_optimizer(model, c):
         {"params": [p for p in learns if id(p) in special], "lr": 2 * c.lr, "weight_decay": 0.0},
     ]
     if c.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, c.lr, momentum=0.9, weight_decay=1e-4)
-    else:
-        optimizer = torch.optim.AdamW(groups, c.lr, weight_decay=0.01)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
+        return torch.optim.SGD(groups, c.lr, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.AdamW(groups, c.lr, weight_decay=0.01)
 
 
 def rate(step, steps, warm_up):
@@ -560,7 +556,7 @@ def load_frames(c, run):
         held_out, more = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits, flag)
         held_out = data_mono3d.few_samples(held_out, c.eval_frames)
         notes += more
-    flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])
+    flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag, data_mono3d.inventory)
     shared = data.shared_drives(train, held_out, flag)
     if c.labels < 1:
