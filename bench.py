@@ -5,6 +5,7 @@
     python bench.py step --preset demo           # the demo's sizes; half a minute
     python bench.py step --task depth            # a step of finetune_depth.py, likewise; 2 minutes
     python bench.py step --task det3d            # a step of finetune_det3d.py, likewise; 5 minutes
+    python bench.py step --task mono3d           # a step of finetune_mono3d.py, likewise
     python bench.py ops --data-root data/kitti --splits train --json ops.jsonl
     python bench.py kernels                      # seconds; needs Triton, but no GPU, no driver and no data
 
@@ -63,11 +64,13 @@ import bench_step
 import data
 import data_depth
 import data_det3d
+import data_mono3d
 import encoders
 import eval_boxes
 import eval_match
 import finetune_depth
 import finetune_det3d
+import finetune_mono3d
 import ops_sparse
 import ops_triton as ops
 import runtime
@@ -121,9 +124,10 @@ class Ops(Options):
 class Step(Options):
     """Time and memory of a training step by stage; then the whole step beside the usual way to write it."""
 
-    task: Literal["pretrain", "depth", "det3d"] = "pretrain"
-    """simipu.py, finetune_depth.py or finetune_det3d.py: with presets of the same names. Depth's crops are 704 x 352 or
-    the demo's, detection's images 1280 x 384 on the full grid or the demo's."""
+    task: Literal["pretrain", "depth", "det3d", "mono3d"] = "pretrain"
+    """simipu.py, finetune_depth.py, finetune_det3d.py or finetune_mono3d.py: with presets of the same names. Depth's
+    crops are 704 x 352 or the demo's, detection's images 1280 x 384 on the full grid or the demo's. mono3d has its
+    deformable convolutions in the demo's sizes, too."""
 
 
 @dataclass
@@ -249,10 +253,23 @@ def detection_training(o, run, scratch):
     return Workload(about, c, dataset, augment, model, collate, prepares)
 
 
+def mono3d_training(o, run, scratch):
+    """The Workload of finetune_mono3d.py."""
+    refuse(o, "num_points", "places")
+    fields = changed_fields(o, run.device.type == "cuda") | {"deformable": True}
+    c = replace(finetune_mono3d.PRESETS[o.preset][1], **fields)
+    frames = checked_frames(finetune_mono3d, c, run)
+    model = finetune_mono3d.FCOS3D(c).to(run.device)
+    augment = lambda raw: data_mono3d.augment(raw, c.image_scale, run.device)
+    dataset = data_mono3d.MonoFrames(frames, c)
+    return Workload(c.image_encoder, c, dataset, augment, model, data_mono3d.collate)
+
+
 TASKS = {  # of `step`: what makes the workload, what measures its step
     "pretrain": (pretraining, bench_step.bench_pretraining),
     "depth": (depth_training, bench_step.bench_depth),
     "det3d": (detection_training, bench_step.bench_detection),
+    "mono3d": (mono3d_training, bench_step.bench_mono3d),
 }
 
 
@@ -430,6 +447,7 @@ def bench_beside_peers(o, scratch):
             frames = work.dataset.frames[: work.c.batch_size]
             bench_ops.bench_pretraining(meter, work)
             bench_ops.bench_detection(meter, frames, finetune_det3d.PRESETS[o.preset][1])
+            bench_ops.bench_mono3d(meter, work)
         else:
             measure_step(meter, work, run)
     finally:  # minutes of a GPU are dear: what was measured is kept, whatever happened then

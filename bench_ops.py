@@ -13,6 +13,7 @@ import data_det3d
 import encoders
 import finetune_det3d
 import ops_boxes
+import ops_deform
 import ops_sparse
 import ops_triton as ops
 import simipu
@@ -244,3 +245,37 @@ def bench_boxes(meter, points):
     shape = f"{len(boxes)} boxes"
     # 1e-3: an overlap may be the threshold to the last bit
     meter.compare("NMS", shape, suppressed(ops_boxes.nms), usual, peers.share_differs, 1e-3)
+
+
+# -----------------------------------------------------------------------------
+# monocular detection
+
+
+def bench_mono3d(meter, work):
+    """Deformable convolution in place of the last 3x3 one of a ResNet's stage 3, on what that is given.
+
+    It is to look around, as a trained one does: its offsets are a random function of the map, most below one cell.
+    """
+    encoder = work.model.img_backbone
+    if not isinstance(encoder, encoders.ResNet):
+        return
+    plain, given = encoder.layer3[-1].conv2, []
+    hook = plain.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        encoder(work.batch["image"])
+    hook.remove()
+    x = given[0].requires_grad_()
+    layer = ops_deform.DeformConv2d(plain.in_channels, plain.out_channels, 3, 1, 1, bias=False)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(layer.conv_offset.weight, 0, 0.02, generator)
+    layer.to(meter.device, memory_format=torch.channels_last)
+    meter.weights += layer.parameters()
+    ours = meter.trained(layer, x, list(layer.parameters()))
+
+    def usual(dtype):
+        with patch.object(ops_deform, "deform_conv2d", peers.gathered_deform_conv2d):
+            return ours(dtype)
+
+    shape = f"{' x '.join(map(str, x.shape))} -> {plain.out_channels}"
+    # 1e-3: where a tap lies on a cell to the last bit, its offset's gradient may be that of either side
+    meter.compare("deformable convolution", shape, ours, {"gather": usual}, peers.norms_differ, 1e-3)

@@ -12,6 +12,7 @@ Of `bench.py ops`:
                         (`pip install spconv`, the wheel without CUDA), with its own tables
     rotated overlap     polygons: corners inside the other, crossings of edges, sorted by angle (`polygon_iou`)
     NMS                 box by box, with our overlaps, and with those of polygons
+    deformable conv.    four cells gathered for every tap, weighed and kept (`gathered_deform_conv2d`)
 
 Of `bench.py step`: the same step with grouped set abstractions, serial scipy, and grid_sample image by image. Its
 farthest points and balls stay ours, since the usual code has compiled CUDA operations for them. Where image sizes are
@@ -22,6 +23,8 @@ channels first, an unfused AdamW, and a loss that indexes by a mask (`masked_sig
 
 Of `bench.py step --task det3d`: the same network with `dense_table_conv` and grid_sample image by image; the selection
 of boxes with greedy suppression on polygons (`polygon_nms`).
+
+Of `bench.py step --task mono3d`: the same network with `gathered_deform_conv2d`.
 """
 
 import numpy as np
@@ -318,6 +321,32 @@ def suppress(scores, too_near):
                 alive[s] &= ~too_near(s, i)
                 keep[s, i] = True
     return torch.from_numpy(keep.reshape(scores.shape)).to(scores.device)
+
+
+# -----------------------------------------------------------------------------
+# monocular detection's
+
+
+def gathered_deform_conv2d(x, offset, mask, weight, bias=None, stride=1, padding=0):
+    """In place of ops_deform.deform_conv2d: as one writes it with gather, which keeps all that the taps see."""
+    (B, C, H, W), (_, _, rows, columns), (h, w) = x.shape, weight.shape, offset.shape[2:]
+    taps = torch.arange(rows * columns, device=x.device)
+    down, right = (stride * torch.arange(n, device=x.device) - padding for n in (h, w))
+    v = offset[:, 0::2] + (taps // columns)[:, None, None] + down[:, None]  # (B, k, h, w)
+    u = offset[:, 1::2] + (taps % columns)[:, None, None] + right
+    top, left = v.detach().floor(), u.detach().floor()
+    cells = x.flatten(2)  # (B, C, H W)
+    seen = 0
+    for row, share_v in ((top, 1 - (v - top)), (top + 1, v - top)):
+        for column, share_u in ((left, 1 - (u - left)), (left + 1, u - left)):
+            inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            share = torch.where(inside, share_v * share_u * mask, 0)
+            cell = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).long()
+            cell = cell.flatten(1)[:, None].expand(-1, C, -1)  # (B, C, k h w)
+            seen = seen + cells.gather(2, cell) * share.flatten(1)[:, None].to(x.dtype)
+    out = weight.flatten(1).to(x.dtype) @ seen.view(B, -1, h * w)  # (B, O, h w)
+    out = out.unflatten(2, (h, w))
+    return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 
 # -----------------------------------------------------------------------------

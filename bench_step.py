@@ -19,7 +19,9 @@ import bench_peers as peers
 import data
 import finetune_depth
 import finetune_det3d
+import finetune_mono3d
 import ops_boxes
+import ops_deform
 import ops_sparse
 import ops_triton as ops
 import simipu
@@ -327,3 +329,26 @@ def bench_selection(meter, model, batch):
 
     shape = f"{len(answers[0])} x {len(boxes)} anchors"
     meter.compare("decoding, NMS", shape, ours, {"greedy, polygons": usual}, peers.norms_differ, 1e-5)
+
+
+# -----------------------------------------------------------------------------
+# finetune_mono3d.py
+
+
+def bench_mono3d(meter, work, run):
+    model, c, batch, tail = work.model, work.c, work.batch, "losses"
+    step = frozen_step(meter, model, [finetune_mono3d.build_optimizer(model, c)], tail, c.clip)
+    stages = {
+        "image encoder, pyramid": [(part, "forward") for part in (model.backbone, model.neck)],
+        "head": [(model.bbox_head, "forward")],
+        "deformable layers": [(ops_deform, "deform_conv2d")],
+        "targets": [(finetune_mono3d, "assign")],
+    }
+
+    def usual_step(dtype):
+        with patch.object(ops_deform, "deform_conv2d", peers.gathered_deform_conv2d):
+            return loss_and_norm(step(batch, dtype))
+
+    roofline, rows = stage_table(meter, work, run, step, stages, tail)
+    figures = beside_usual(meter, work, step, {"gather": usual_step})
+    images_per_s(meter, work, roofline, rows, figures)

@@ -140,9 +140,9 @@ def check_layout(roots):
             raise BadInput(f"{root}: no training/ in it; labels are in KITTI's object layout alone")
 
 
-def inventory(frames):
+def inventory(frames, clouds=True):
     """data.inventory with the bytes of the labels: what a run was trained on."""
-    return [f"{line} {f.label.stat().st_size}" for line, f in zip(data.inventory(frames), frames)]
+    return [f"{line} {f.label.stat().st_size}" for line, f in zip(data.inventory(frames, clouds), frames)]
 
 
 def projected_rect(boxes, lidar2img):

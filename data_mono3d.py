@@ -102,15 +102,14 @@ def few_samples(frames, limit):
     if not limit:
         return frames
     samples = list(samples_of(frames).values())
-    return [frames[i] for own in data.evenly_spread(samples, limit) for i in own]
+    return data.take(frames, [i for own in data.evenly_spread(samples, limit) for i in own])
 
 
 def inventory(frames):
     """One line a frame: its name, the bytes of its image and, for KITTI, of its label."""
-    lines = data.inventory(frames, clouds=False)
-    if not lines or isinstance(frames[0], data_nuscenes.Frame):
-        return lines
-    return [f"{line} {frame.label.stat().st_size}" for line, frame in zip(lines, frames)]
+    if len(frames) and isinstance(frames[0], data_nuscenes.Frame):
+        return data.inventory(frames, clouds=False)
+    return data_det3d.inventory(frames, clouds=False)
 
 
 # -----------------------------------------------------------------------------

@@ -354,9 +354,7 @@ def start_encoder(encoder, c):
 
 def build_optimizer(model, c):
     """AdamW over all parameters alike, as in the toolbox; one kernel for all of them."""
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=BETAS, weight_decay=c.weight_decay, fused=True)
-    optimizer.param_groups[0]["initial_lr"] = c.lr
-    return optimizer
+    return torch.optim.AdamW(model.parameters(), c.lr, betas=BETAS, weight_decay=c.weight_decay, fused=True)
 
 
 def load_frames(c, run):
@@ -373,7 +371,7 @@ def load_frames(c, run):
         judged = functools.partial(find, *where, flag="--eval-splits", limit=c.eval_frames)
         held_out, more = runtime.main_first(run, judged)
         notes += more
-    flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
+    flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag)
     train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
     return train, held_out, "\n".join(notes) or None

@@ -461,8 +461,6 @@ def build_optimizers(model, c):
         optimizers.append(torch.optim.SGD(image, c.image_lr, momentum=0.9, weight_decay=1e-4))
     elif image:
         optimizers.append(torch.optim.AdamW(image, c.image_lr, betas=(0.95, 0.99), weight_decay=0.01))
-    for group in (group for o in optimizers for group in o.param_groups):
-        group["initial_lr"] = group["lr"]
     return optimizers
 
 
@@ -526,7 +524,7 @@ def load_frames(c, run):
         held_out, more = runtime.main_first(run, lambda: data_det3d.pool_frames(*rules))
         notes += more
     eval_boxes.check_frames(train, c, held_out)
-    flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])
+    flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag)
     shared = data.shared_drives(train, held_out, flag)
     train = data.evenly_spread(train, max(1, round(c.labels * len(train))))

@@ -156,7 +156,7 @@ PRESETS = {
             name="mono3d_demo", dataset="kitti", data_root=("data/synthetic",), synthetic_frames=64, workers=1,
             image_scale=(320, 96), image_encoder="resnet18", deformable=False, freeze=False, width=64,
             ranges=(32.0, 64.0, 128.0, 256.0), first_depth=20.0, batch_size=4, group=4, max_steps=720,
-            optimizer="adamw", lr=3e-3, warm_up=18, clip=10.0, log_every=10, save_every=120,
+            optimizer="adamw", lr=1e-3, warm_up=18, clip=10.0, log_every=10, save_every=120,
         ),
     ),
     "kitti": (
@@ -511,12 +511,8 @@ def build_optimizer(model, c):
         {"params": [p for p in learns if id(p) in special], "lr": 2 * c.lr, "weight_decay": 0.0},
     ]
     if c.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, c.lr, momentum=0.9, weight_decay=1e-4)
-    else:
-        optimizer = torch.optim.AdamW(groups, c.lr, weight_decay=0.01)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
+        return torch.optim.SGD(groups, c.lr, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.AdamW(groups, c.lr, weight_decay=0.01)
 
 
 def rate(step, steps, warm_up):
@@ -560,7 +556,7 @@ def load_frames(c, run):
         held_out, more = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits, flag)
         held_out = data_mono3d.few_samples(held_out, c.eval_frames)
         notes += more
-    flag = " ".join([flag, *c.eval_splits]) if c.eval_splits else " ".join(["--eval-root", *c.eval_root])
+    flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag, data_mono3d.inventory)
     shared = data.shared_drives(train, held_out, flag)
     if c.labels < 1:

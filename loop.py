@@ -384,6 +384,8 @@ class Loop:
             raise BadInput(f"--out '{c.out}' --name '{c.name}': the name must be that of a folder inside --out")
         self.folder, self.lock, self.tracker = Path(c.out) / c.name, None, None
         track.imported(self.tracked)
+        for group in (group for o in optimizers for group in o.param_groups):
+            group["initial_lr"] = group["lr"]  # goes into checkpoints, and comes back with them
         with self.naming_folder():
             if run.main and self.folder.is_dir():
                 self.lock = lock(self.folder / "log.jsonl")

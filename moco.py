@@ -466,11 +466,8 @@ def build_optimizer(model, c):
     """Of the query encoder; the key encoder has no gradient."""
     parameters = list(model.encoder_q.parameters())
     if c.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, c.lr, momentum=0.9, weight_decay=1e-4)
-    else:
-        optimizer = torch.optim.AdamW(parameters, c.lr, weight_decay=0.01)
-    optimizer.param_groups[0]["initial_lr"] = c.lr
-    return optimizer
+        return torch.optim.SGD(parameters, c.lr, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.AdamW(parameters, c.lr, weight_decay=0.01)
 
 
 # -----------------------------------------------------------------------------

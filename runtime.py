@@ -163,6 +163,12 @@ def check_range(c, flags, low, high, what, rising=False):
             raise BadInput(f"--{flag.replace('_', '-')} {' '.join(map(str, values))}: must be {what}")
 
 
+def held_out_flag(c):
+    """The flag, with its values, that says what a run of config c is judged on, for messages."""
+    flag, values = ("--eval-splits", c.eval_splits) if c.eval_splits else ("--eval-root", c.eval_root)
+    return " ".join([flag, *values])
+
+
 def split_batch(c, world):
     """How a step's c.batch_size frames become forward passes of c.group frames, or fewer if there are many processes.
 

@@ -578,8 +578,6 @@ def build_optimizers(model, c):
         optimizers.append(torch.optim.SGD(others, c.image_lr, momentum=0.9, weight_decay=1e-4))
     else:
         optimizers.append(torch.optim.AdamW(others, c.image_lr, betas=(0.9, 0.999), weight_decay=0.01))
-    for g in (g for o in optimizers for g in o.param_groups):
-        g["initial_lr"] = g["lr"]
     return optimizers
 
 
@@ -619,7 +617,7 @@ def load_frames(c, run):
     judged = functools.partial(pool_frames, c, roots, c.eval_splits, flag, limit=c.eval_frames)
     held_out, more = runtime.main_first(run, judged)
     notes += [note for note in more if note not in notes]
-    flag = f"--eval-splits {' '.join(c.eval_splits)}" if c.eval_splits else f"--eval-root {' '.join(c.eval_root)}"
+    flag = runtime.held_out_flag(c)
     data.check_unseen(frames, held_out, flag)
     if len(held_out) < 2:
         raise BadInput(f"{flag}: judging needs two frames or more, for the other frame's image")

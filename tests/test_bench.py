@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import needs_gpu
 from test_finetune_det3d import C as SMALL_DETECTOR
+from test_finetune_mono3d import C as SMALL_MONO
 
 import bench as benchmark
 import bench_measure
@@ -17,6 +18,7 @@ import bench_ops
 import bench_peers
 import encoders
 import finetune_det3d
+import finetune_mono3d
 
 SMALL = "--samples 2 --repeats 2 --threads 1"
 SIZES = "--num-points 1024 --places 32 --image-encoder resnet18 --image-scale 160 64"
@@ -38,8 +40,10 @@ PEERS = {
     "forward, with tables": ["dense tables", *(["spconv"] if bench_peers.spconv else [])],
     "rotated overlap": ["polygon clipping"],
     "NMS": ["greedy", "greedy, polygons"],
+    "deformable convolution": ["gather"],
 }
-SAVING = [op for op in PEERS if op.startswith(("gather", "bilinear", "set abstraction", "all three", "sparse encoder"))]
+SAVE = ("gather", "bilinear", "set abstraction", "all three", "sparse encoder", "deformable")
+SAVING = [op for op in PEERS if op.startswith(SAVE)]
 ONLY_CPU = {"scipy k-d tree", "spconv"}
 ON_GPU = pytest.param("cuda", marks=needs_gpu)
 
@@ -186,6 +190,23 @@ def test_detection_step(bench, device):
     assert rows[-1]["of_roofline"] == pytest.approx(moved * per_gb / step["ours_ms"])
 
 
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_mono3d_step(bench, device, monkeypatch):
+    monkeypatch.setitem(finetune_mono3d.PRESETS, "demo", ("small", SMALL_MONO))
+    _, (_, *rows) = bench("step", device, f"{SMALL} --task mono3d --preset demo --workers 0")
+    stages = {row["stage"]: row for row in rows if "stage" in row}
+    forward = ["image encoder, pyramid", "head", "deformable layers", "targets", "losses"]
+    parts = ["waiting for data", "augment", *forward, "backward", "optimizers"]
+    assert list(stages) == [*parts, "all", "decoding, one worker"]
+    assert all(row["ms"] > 0 for row in stages.values())
+    (pair,) = (row for row in rows if "op" in row)
+    check(pair)
+    assert (pair["op"], pair["peer"]) == ("step", "gather") and pair["error"] < 1e-3
+    assert pair["ours_saved_mb"] == pytest.approx(stages["all"]["saved_mb"])
+    assert pair["ours_saved_mb"] < pair["peer_saved_mb"]
+    assert rows[-1]["images_per_s"]["gather"] == pytest.approx(2e3 / pair["peer_ms"])
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_the_sum_of_set_abstractions_needs_all_of_them(monkeypatch, fits):
     def too_large(*_):
@@ -205,6 +226,7 @@ def test_the_sum_of_set_abstractions_needs_all_of_them(monkeypatch, fits):
     [
         ("step --task depth --places 0", "--num-points, --places, --image-scale: not of --task depth"),
         ("step --task det3d --places 0", "--num-points, --places: not of --task det3d"),
+        ("step --task mono3d --places 0", "--num-points, --places: not of --task mono3d"),
         ("ops --data-root nowhere", "nowhere: no such folder"),
         ("ops --samples 99", "--samples 99: more than the 6 frames found"),
         ("ops --repeats -1", "--repeats -1: cannot be negative"),

@@ -10,6 +10,7 @@ import bench_peers as peers
 import data
 import ops_boxes
 import simipu
+from ops_deform import deform_conv2d
 
 
 def test_padding():
@@ -55,3 +56,17 @@ def test_greedy_suppression_is_ours():
     for nms in (peers.greedy_nms, peers.polygon_nms):
         assert torch.equal(nms(boxes, scores, 0.1), ours)
         assert torch.equal(nms(boxes[1, 0], scores[1, 2], 0.1), ours[1, 2])
+
+
+def test_gathered_deformable_convolution():
+    """Between cells, on them, and far outside; with strides; gradients, too."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 7, 6), torch.randn(4, 3, 3, 3), torch.randn(4)
+    offset, mask = 2 * torch.randn(2, 18, 4, 3), torch.rand(2, 9, 4, 3)
+    offset[0, :4], offset[1, :2] = 0, 50
+    inputs = [t.requires_grad_() for t in (x, offset, mask, weight, bias)]
+    ours, theirs = (f(*inputs, stride=2, padding=1) for f in (deform_conv2d, peers.gathered_deform_conv2d))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (theirs, ours))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

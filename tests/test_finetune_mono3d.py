@@ -348,10 +348,10 @@ def by_heart(scenes):
     batch = data_mono3d.augment(data_mono3d.collate([dataset[(0, i)] for i in range(2)]), c.image_scale, CPU)
     model = FCOS3D(c).train()
     optimizer = finetune_mono3d.build_optimizer(model, c)
-    losses = []
+    rates, losses = [group["lr"] for group in optimizer.param_groups], []
     for step in range(40):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * finetune_mono3d.rate(step, 40, 5)
+        for group, highest in zip(optimizer.param_groups, rates):
+            group["lr"] = highest * finetune_mono3d.rate(step, 40, 5)
         loss, stats = model(batch, step == 39)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10)

@@ -83,7 +83,6 @@ def tiny(tmp_path, monkeypatch):
         torch.manual_seed(0)
         model = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
-        optimizer.param_groups[0]["initial_lr"] = 1e-4
         names = [f"frame {i}" for i in range(2 * steps)]
         around = Loop(c, run, model, [optimizer], {"seed": 0}, names, "match", judgement)
         batches = [[2 * i, 2 * i + 1] for i in range(around.start, steps)]

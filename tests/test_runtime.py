@@ -355,3 +355,9 @@ def test_gathered_negatives_equal_one_process_on_the_whole_batch(tmp_path, uneve
     torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(result["grad"], weight.grad, rtol=1e-10, atol=1e-12)
     assert result["chance"] == stats["chance"]
+
+
+def test_the_flag_of_held_out_frames():
+    c = simipu.Config(eval_splits=("a", "b"), eval_root=("r",))
+    assert runtime.held_out_flag(c) == "--eval-splits a b"
+    assert runtime.held_out_flag(dataclasses.replace(c, eval_splits=())) == "--eval-root r"
