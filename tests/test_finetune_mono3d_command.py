@@ -52,8 +52,8 @@ def test_demo_in_miniature_resumes_exactly(run_here, scenes, tmp_path, monkeypat
     for line in log:
         assert line["loss"] == pytest.approx(sum(line[part] for part in parts), rel=1e-3)
         assert line["positives"] > 3 and line["grad_norm"] > 0
-        share = finetune_mono3d.rate(line["step"] - 1, 4, 18)
-        assert line["lr"] == pytest.approx([3e-3 * share, 6e-3 * share])
+        lr = finetune_mono3d.PRESETS["demo"][1].lr * finetune_mono3d.rate(line["step"] - 1, 4, 18)
+        assert line["lr"] == pytest.approx([lr, 2 * lr])
     assert "6 images, 2 held out" in said and "a step: 2 frames = 1 processes x 2 passes x 1 frames" in said
     assert "nuScenes detection on 2 samples, val, KITTI's labels: mAP" in said and "mono3d.png: car" in said
     judged = read_log(whole)[-1]["mono3d"]
