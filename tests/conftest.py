@@ -2,6 +2,7 @@
 # ruff: noqa: E402  what is set in the environment must stand before the imports that read it
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,32 @@ import synthetic
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
 needs_triton = pytest.mark.skipif(ops_triton.triton is None, reason="Triton is not installed")
+
+
+# -----------------------------------------------------------------------------
+# what a run has left
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder):
+    """The log without headers and times."""
+    times = ("data_ms", "step_ms", "samples_per_s")
+    return [{k: v for k, v in line.items() if k not in times} for line in read_log(folder) if "git" not in line]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def tensors(state):
+    """All tensors in nested dicts and lists."""
+    if torch.is_tensor(state):
+        return [state]
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [t for v in inside for t in tensors(v)]
 
 
 def pytest_report_header():

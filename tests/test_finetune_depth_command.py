@@ -6,7 +6,6 @@ Network, loss and schedule are tested in test_finetune_depth.py.
 import contextlib
 import dataclasses
 import io
-import json
 import shutil
 import signal
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import needs_gpu
+from conftest import load, needs_gpu, read_log, steps_of, tensors
 from PIL import Image
 from test_finetune_depth import grown
 
@@ -36,17 +35,6 @@ def demo(root, *more):
     return ["demo", "--data-root", root, *SMALL, *more]
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def steps_of(folder):
-    """The log without headers and times."""
-    times = ("data_ms", "step_ms", "samples_per_s")
-    lines = [line for line in read_log(folder) if "git" not in line]
-    return [{k: v for k, v in line.items() if k not in times} for line in lines]
-
-
 def judged_at(folder):
     return [line["step"] for line in steps_of(folder) if "depth" in line]
 
@@ -60,21 +48,6 @@ def row(out, name):
 
 def figures(out, name):
     return [float(word) for word in row(out, name)]
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def tensors(state):
-    """All tensors in nested dicts and lists."""
-    if torch.is_tensor(state):
-        return [state]
-    if isinstance(state, dict):
-        return tensors(list(state.values()))
-    if isinstance(state, list):
-        return [t for value in state for t in tensors(value)]
-    return []
 
 
 def names_of(scenes, split):

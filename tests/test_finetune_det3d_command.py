@@ -1,11 +1,11 @@
 """finetune_det3d.py as a user starts it, in miniature: what it writes, that it resumes exactly, what it refuses."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import load, read_log, steps_of, tensors
 from test_finetune_det3d import SMALL
 
 import ablate
@@ -13,27 +13,6 @@ import encoders
 import eval_boxes
 import finetune_det3d
 import loop
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def steps_of(folder, without=("data_ms", "step_ms", "samples_per_s")):
-    """The log without headers and times."""
-    return [{k: v for k, v in line.items() if k not in without} for line in read_log(folder) if "git" not in line]
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def tensors(state):
-    """All tensors in nested dicts and lists."""
-    if torch.is_tensor(state):
-        return [state]
-    inside = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
-    return [t for v in inside for t in tensors(v)]
 
 
 def test_demo_in_miniature(run_here, scenes, tmp_path):
