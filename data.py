@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from files import IMAGES, BadInput, file_size, why_unread
+from files import IMAGES, BadInput, file_size, unless_bad, why_unread
 
 MIN_POINTS = 16  # fewer in view: the calibration or cloud is broken, and farthest point sampling has nothing to do
 SHAPED_BY = 16  # nearest points, itself among them, whose spread is the local shape of a point
@@ -670,9 +670,7 @@ def collate(samples):
 
 def view(dataset, keys, box, device):
     """Items of PretrainFrames as one augmented batch. Raises the BadInput that one of them is."""
-    batch = collate([dataset[key] for key in keys])
-    if isinstance(batch, BadInput):
-        raise batch
+    batch = unless_bad(collate([dataset[key] for key in keys]))
     return augment(batch, box, device)
 
 

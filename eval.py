@@ -130,16 +130,33 @@ def seen_in_training(frames, files):
     whole, images = data.inventory(frames), data.inventory(frames, clouds=False)  # moco.py's is of images alone
     for name, saved in files.items():
         known = saved.get("inventory", ())
-        seen = data.count_seen(whole, known) or data.count_seen(images, known)
+        seen = seen_before(name, whole, known) or seen_before(name, images, known)
         drives = data.drives_of(frames) & set(saved.get("drives", ()))
-        where = None
-        if seen:
-            where = f"{seen} of these {len(frames)} frames"
-        elif drives:
-            where = f"other frames of {len(drives)} of these drives, {min(drives)} among them"
-        if where:
-            notes.append(f"note: {name} was trained on {where}: its figures will flatter")
+        if drives and not seen:
+            seen = [flatters(name, f"other frames of {len(drives)} of these drives, {min(drives)} among them")]
+        notes += seen
     return notes
+
+
+def seen_before(name, lines, known, what="frames"):
+    """A note to print, a list, where some of an inventory's lines are in that of the checkpoint `name`; else none."""
+    seen = data.count_seen(lines, known)
+    return [flatters(name, f"{seen} of these {len(lines)} {what}")] if seen else []
+
+
+def flatters(name, where):
+    return f"note: {name} was trained on {where}: its figures will flatter"
+
+
+def load_trained(path, script, network, device):
+    """The last.pt of a fine-tuning script, whose Config its `network` is made of -> model in eval mode, Config, the
+    inventory of what it was trained on. Raises BadInput for any other file.
+    """
+    saved = read_checkpoint(path)
+    c = runtime.config_of(saved, script.Config, path, Path(script.__file__).name)
+    model = network(c)
+    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
+    return model.to(device).eval(), c, saved.get("inventory", ())
 
 
 # -----------------------------------------------------------------------------
@@ -454,9 +471,7 @@ def depth(
         named=bool(splits),
         limit=c.eval_frames if frames is None else frames,
     )
-    seen = data.count_seen(data.inventory(pairs), trained_on)
-    if seen:
-        notes.append(f"note: {source} was trained on {seen} of these {len(pairs)} images: its figures will flatter")
+    notes += seen_before(source, data.inventory(pairs), trained_on, "images")
 
     files = []
     if not model:  # all of them at once: a missing one is known before the first is judged
@@ -554,7 +569,7 @@ def det3d(
     elif is_folder:
         found, lines = judge_results(source, data_root, splits or ("val",), frames, skip_missing)
     else:
-        model, c, trained_on = load_detector_run(source, run.device)
+        model, c, trained_on = load_trained(source, finetune_det3d, finetune_det3d.Detector, run.device)
         if protocol and protocol != c.protocol:
             raise BadInput(f"--protocol {protocol}: {source} was trained for {c.protocol}")
         roots, named = data_root or c.eval_root or c.data_root, splits or c.eval_splits or ("val",)
@@ -564,9 +579,8 @@ def det3d(
         eval_boxes.check_frames(chosen, c, chosen if labelled else ())
         if not (labelled or save):
             raise BadInput("--splits test: has no labels to judge by; --save writes what is found there")
-        seen = data.count_seen(data.inventory(chosen), trained_on)
-        if seen:
-            print(f"note: {source} was trained on {seen} of these {len(chosen)} frames: its figures will flatter")
+        for note in seen_before(source, data.inventory(chosen), trained_on):
+            print(note)
         found, lines = judge_detector(model, chosen, c, run, save, drawn, labelled)
     print("\n".join(lines))
     if json and found:
@@ -606,18 +620,6 @@ def judge_results(folder, roots, splits, limit, skip_missing):
     found = eval_boxes.evaluate([data_kitti.read_labels(f.label, dont_care=True) for f in chosen], results)
     judged = sum(result is not None for result in results)
     return found, eval_boxes.table(found, judged, eval_boxes.is_standard(chosen))
-
-
-def load_detector_run(path, device):
-    """finetune_det3d's last.pt -> model in eval mode, Config, the inventory of what it was trained on.
-
-    Raises BadInput for any other file.
-    """
-    saved = read_checkpoint(path)
-    c = runtime.config_of(saved, finetune_det3d.Config, path, "finetune_det3d.py")
-    model = finetune_det3d.Detector(c)
-    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
-    return model.to(device).eval(), c, saved.get("inventory", ())
 
 
 def find_results(folder, frames):
@@ -697,7 +699,7 @@ def mono3d(
         truth = eval_nuscenes.read_truth(data_root[0], splits or ("val",), c.version)
         results = eval_nuscenes.read_results(source, truth)
     else:
-        model, c, trained_on = load_mono_run(source, run.device)
+        model, c, trained_on = load_trained(source, finetune_mono3d, finetune_mono3d.FCOS3D, run.device)
         own = {"data_root": data_root, "eval_root": ()} if data_root else {}
         own |= {"eval_splits": splits or c.eval_splits or ("val",), "version": version or c.version}
         own |= {"skip_missing": skip_missing or c.skip_missing}
@@ -706,11 +708,7 @@ def mono3d(
             raise BadInput("--data-root: one folder of nuScenes")
         chosen, notes = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits)
         chosen = data_mono3d.few_samples(chosen, c.eval_frames if frames is None else frames)
-        seen = data.count_seen(data_mono3d.inventory(chosen), trained_on)
-        if seen:
-            notes.append(
-                f"note: {source} was trained on {seen} of these {len(chosen)} images: its figures will flatter"
-            )
+        notes += seen_before(source, data_mono3d.inventory(chosen), trained_on, "images")
         if notes:
             print("\n".join(notes))
         truth = eval_mono3d.read_truth(c, chosen)
@@ -719,18 +717,6 @@ def mono3d(
     print("\n".join(eval_mono3d.report(c, figures, truth)))
     if json:
         eval_nuscenes.write_figures(json, figures)
-
-
-def load_mono_run(path, device):
-    """finetune_mono3d's last.pt -> model in eval mode, Config, the inventory of what it was trained on.
-
-    Raises BadInput for any other file.
-    """
-    saved = read_checkpoint(path)
-    c = runtime.config_of(saved, finetune_mono3d.Config, path, "finetune_mono3d.py")
-    model = finetune_mono3d.FCOS3D(c)
-    runtime.load_exactly(model, saved["model"], path, saved.get("git"))
-    return model.to(device).eval(), c, saved.get("inventory", ())
 
 
 def find_boxes(model, frames, truth, c, run, save, drawn):

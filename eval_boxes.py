@@ -36,7 +36,7 @@ import ops_boxes
 import pictures_boxes
 import runtime
 from anchors import PROTOCOLS
-from files import BadInput, writing
+from files import BadInput, unless_bad, writing
 
 TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")  # what may be detected
 CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -382,9 +382,7 @@ def detections(model, frames, indices, c, device):
     """
     dataset = data_det3d.DetectionFrames(frames, c, model.layout, training=False)
     for sample in runtime.ahead(lambda i: dataset[(0, i)], indices):
-        batch = data_det3d.collate(model.layout, [sample])
-        if isinstance(batch, BadInput):
-            raise batch
+        batch = unless_bad(data_det3d.collate(model.layout, [sample]))
         batch = data_det3d.augment(batch, judging_box(c), model.layout, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
             boxes, scores, classes = (x[0].cpu() for x in model.detect(batch))

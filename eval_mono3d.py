@@ -25,7 +25,7 @@ import ops_boxes
 import pictures_boxes
 import runtime
 from data_mono3d import CLASSES, NO_ATTRIBUTE
-from files import BadInput
+from files import unless_bad
 
 MERGED_OVERLAP, MERGED_MOST = 0.05, 500  # of boxes of all cameras of a sample (release)
 SHOWN = 0.2  # the score from which boxes are drawn
@@ -111,9 +111,7 @@ def detections(model, frames, indices, c, device):
     """
     dataset = data_mono3d.MonoFrames(frames, c, training=False)
     for sample in runtime.ahead(lambda i: dataset[(0, i)], indices):
-        batch = data_mono3d.collate([sample])
-        if isinstance(batch, BadInput):
-            raise batch
+        batch = unless_bad(data_mono3d.collate([sample]))
         batch = data_mono3d.augment(batch, c.image_scale, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
             found = model.detect(batch)

@@ -30,6 +30,13 @@ class BadInput(ValueError):
     """Something a user gave cannot be used. The message is one line that names the file or the flag."""
 
 
+def unless_bad(batch):
+    """The batch itself. Raises the BadInput that it may be, for loading hands those over like batches."""
+    if isinstance(batch, BadInput):
+        raise batch
+    return batch
+
+
 @contextlib.contextmanager
 def disk_errors(path):
     """Raises BadInput, naming the file, for what the disk answers to a write."""

@@ -642,7 +642,9 @@ def finish(model, c, run, frames, held_out, loop):
         return
     folder = loop.folder
     rules = eval_boxes.RULES[c.protocol]
-    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png", rules.title, rules.headline)
+    losses = ("classes", "boxes", "direction")
+    curves = "det3d", losses, rules.title, rules.headline, "AdamW"
+    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png", *curves)
     said = eval_boxes.draw(model, held_out or frames, c, run.device, folder / "det3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\ndet3d.png: {said}")
     if held_out:

@@ -648,7 +648,9 @@ def finish(model, c, run, frames, held_out, truth, loop):
     if not run.main:
         return
     folder = loop.folder
-    pictures_boxes.draw_mono_curves(folder / "log.jsonl", folder / "curves.png")
+    losses = ("classes", "offset", "depth", "size", "yaw", "direction", "centreness", "velocity", "attributes")
+    curves = "mono3d", losses, "mAP, %", lambda found: {"mAP": 100 * found["mean_ap"]}, "of all but biases"
+    pictures_boxes.draw_curves(folder / "log.jsonl", folder / "curves.png", *curves)
     said = eval_mono3d.draw(model, held_out or frames, c, run.device, folder / "mono3d.png")
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} into {folder}/\nmono3d.png: {said}")
     if held_out:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import track
-from files import BadInput, disk_errors, read_checkpoint, remove_stale, save_atomically, writing
+from files import BadInput, disk_errors, read_checkpoint, remove_stale, save_atomically, unless_bad, writing
 from runtime import INTERRUPTED, NOBODY_READS, blocked, differences
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a scheduler, Ctrl-C, a terminal that is gone
@@ -71,12 +71,6 @@ def stream(dataset, batches, collate, workers, run):
                 run.broken = str(e)
     for batch in load(batch_sampler=itertools.islice(batches, done, None), collate_fn=collate):
         yield unless_bad(batch)
-
-
-def unless_bad(batch):
-    if isinstance(batch, BadInput):
-        raise batch
-    return batch
 
 
 def loaded_ahead(load, batches, collate, workers, run):

@@ -14,47 +14,28 @@ RING = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4]  # a path along the edges of a box's botto
 UPRIGHT = [[1, 5], [2, 6], [3, 7]]  # the other upright edges
 SHOWN = 0.3  # of detections, the score from which they are drawn
 LINE = 140  # letters above a picture
-COLOURS = ("tab:blue", "tab:orange", "tab:green")  # of three classes
 
 
-def draw_curves(log_path, path, title, headline):
-    """The three losses, AP of unseen frames where it was asked more than once, and the learning rate, to a PNG.
+def draw_curves(log_path, path, what, losses, title, headline, rate):
+    """The losses, figures of unseen frames where they were asked for more than once, and the learning rate, to a PNG.
 
-    headline: of logged figures, the ones to draw, by class; title: what they are.
+    what: key of judgements in the log; losses: names, of those that a run has; headline(judgement) -> {name: figure};
+    title: what those are; rate: what the learning rate is of.
     """
     lines = read_log(log_path)
     log = [line for line in lines if "lr" in line]
-    judged = [line for line in lines if "det3d" in line]
-    losses, scores = [], []
-    for loss, colour in (("classes", "tab:blue"), ("boxes", "tab:orange"), ("direction", "tab:green")):
-        losses.append(curve(log, [line[loss] for line in log], color=colour, label=loss))
+    judged = [line for line in lines if what in line]
+    drawn = [name for name in losses if log and name in log[0]]
+    scores = []
     if len(judged) > 1:
-        heads = [headline(line["det3d"]) for line in judged]
-        for name, colour in zip(heads[0], COLOURS):
-            scores.append(curve(judged, [ap[name] for ap in heads], color=colour, marker="o", ms=3, label=name))
-    rate = [curve(log, [line["lr"][0] for line in log], label="AdamW")]
-    panels = {"losses": losses, f"unseen frames: {title}": scores, "learning rate": rate}
-    draw_panels(panels if log else {}, path)
-
-
-def draw_mono_curves(log_path, path):
-    """The losses of monocular detection, mAP of unseen frames where it was asked more than once, and the learning rate,
-    to a PNG.
-    """
-    lines = read_log(log_path)
-    log = [line for line in lines if "lr" in line]
-    judged = [line for line in lines if "mono3d" in line]
-    names = ("classes", "offset", "depth", "size", "yaw", "direction", "centreness", "velocity", "attributes")
-    losses, scores = [], []
-    for loss in names:
-        if log and loss in log[0]:
-            losses.append(curve(log, [line[loss] for line in log], label=loss))
-    if len(judged) > 1:
-        scores.append(
-            curve(judged, [100 * line["mono3d"]["mean_ap"] for line in judged], marker="o", ms=3, label="mAP")
-        )
-    rate = [curve(log, [line["lr"][0] for line in log], label="of all but biases")]
-    panels = {"losses": losses, "unseen frames: mAP, %": scores, "learning rate": rate}
+        heads = [headline(line[what]) for line in judged]
+        for name in heads[0]:
+            scores.append(curve(judged, [head[name] for head in heads], marker="o", ms=3, label=name))
+    panels = {
+        "losses": [curve(log, [line[name] for line in log], label=name) for name in drawn],
+        f"unseen frames: {title}": scores,
+        "learning rate": [curve(log, [line["lr"][0] for line in log], label=rate)],
+    }
     draw_panels(panels if log else {}, path)
 
 
