@@ -384,7 +384,7 @@ def detections(model, frames, indices, c, device):
     for sample in runtime.ahead(lambda i: dataset[(0, i)], indices):
         batch = unless_bad(data_det3d.collate(model.layout, [sample]))
         batch = data_det3d.augment(batch, judging_box(c), model.layout, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
+        with runtime.mixed_precision(c.amp, device):
             boxes, scores, classes = (x[0].cpu() for x in model.detect(batch))
         found = scores > 0
         yield boxes[found].double().numpy(), scores[found].numpy(), classes[found].numpy()

@@ -324,7 +324,7 @@ def predict(model, image, c, device):
     pixels = torch.from_numpy(seen).to(device).permute(2, 0, 1)[None]
     own_colours = torch.eye(3, 4)[None]
     x = data.warp_images(pixels, torch.tensor([[width, height]]), A, own_colours, size)
-    with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
+    with runtime.mixed_precision(c.amp, device):
         depth = model.depth(torch.cat([x, x.flip(3)])).clamp(c.min_depth, c.max_depth)
     depth = F.interpolate(depth, (height, width), mode="bilinear", align_corners=True)[:, 0]
     mean = (depth[0] + depth[1].flip(1)) / 2

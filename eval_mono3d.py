@@ -113,7 +113,7 @@ def detections(model, frames, indices, c, device):
     for sample in runtime.ahead(lambda i: dataset[(0, i)], indices):
         batch = unless_bad(data_mono3d.collate([sample]))
         batch = data_mono3d.augment(batch, c.image_scale, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=c.amp and device.type == "cuda"):
+        with runtime.mixed_precision(c.amp, device):
             found = model.detect(batch)
         yield in_lidar_axes({name: x[0].cpu().numpy() for name, x in found.items()}, sample["lidar2cam"])
 

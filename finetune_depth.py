@@ -155,8 +155,8 @@ class Config:
     """Of weights, order and augmentation."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
-    amp: bool = True
-    """bfloat16 autocast on GPUs. The last layer's answer and the loss stay in float32."""
+    amp: Literal["gpu", "always", "never"] = "gpu"
+    """bfloat16 autocast: on GPUs, on CPUs too, or not at all. The last layer's answer and the loss stay in float32."""
     compile: bool = False
     """torch.compile the network."""
     log_every: int = 50
@@ -435,7 +435,7 @@ def train(c):
         for micro in range(accumulate):
             last = micro == accumulate - 1
             with loop.sharing(last):
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                with runtime.mixed_precision(c.amp, run.device):
                     loss, stats = loop.model(batch, loop.reporting and last)
                 (loss / accumulate).backward()
             loop.watch(loss, batch["index"])

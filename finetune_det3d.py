@@ -175,8 +175,10 @@ class Config:
     """Of weights, order, pasting and augmentation."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
-    amp: bool = True
-    """bfloat16 autocast on GPUs. Coordinates, voxel means, boxes and losses stay in float32."""
+    amp: Literal["gpu", "always", "never"] = "gpu"
+    """bfloat16 autocast: on GPUs, on CPUs too, or not at all. Coordinates, voxel means, boxes and losses stay in
+    float32.
+    """
     log_every: int = 50
     """Steps between lines of log.jsonl."""
     save_every: int = 500
@@ -610,7 +612,7 @@ def train(c):
         for micro in range(accumulate):
             last = micro == accumulate - 1
             with loop.sharing(last):
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                with runtime.mixed_precision(c.amp, run.device):
                     loss, stats = loop.model(batch, loop.reporting and last)
                 (loss / accumulate).backward()
             loop.watch(loss, batch["index"])

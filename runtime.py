@@ -255,6 +255,14 @@ def start_run(device="auto", seed=0):
     return Run(torch.device("cuda", local) if cuda else torch.device("cpu"), rank, world, control)
 
 
+def mixed_precision(amp, device):
+    """Context of a forward pass: bfloat16 autocast where --amp, "gpu", "always" or "never", asks for it. On a CPU it
+    pays where /proc/cpuinfo lists avx512_bf16 or amx_bf16; elsewhere it is slower than float32.
+    """
+    wanted = amp == "always" or (amp == "gpu" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
 def place_among_processes(env):
     """What torchrun says in the environment. -> this process's rank; processes; its rank on this machine.
 

@@ -225,8 +225,8 @@ class Config:
     """Of weights, order, sampling and views."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
-    amp: bool = True
-    """bfloat16 autocast on GPUs. Distances, logits and losses stay in float32."""
+    amp: Literal["gpu", "always", "never"] = "gpu"
+    """bfloat16 autocast: on GPUs, on CPUs too, or not at all. Distances, logits and losses stay in float32."""
     compile: bool = False
     """torch.compile the image encoder, for any image size."""
     log_every: int = 10
@@ -724,7 +724,7 @@ def train(c):
         for micro in range(accumulate):
             last = micro == accumulate - 1
             with loop.sharing(last):
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=c.amp and run.device.type == "cuda"):
+                with runtime.mixed_precision(c.amp, run.device):
                     loss, stats = loop.model(batch, loop.reporting and last)
                 (loss / accumulate).backward()
             loop.watch(loss, batch["index"])

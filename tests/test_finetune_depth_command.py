@@ -219,7 +219,7 @@ def test_the_mirror_image_is_averaged(trained):
 def test_on_a_gpu(trained, run_script, scenes, tmp_path, device):
     """In float32 the first loss is a CPU's. In bfloat16, with the data on the card, it learns, judges and draws."""
     arguments = demo(scenes, "--batch-size", 6, "--lr", 3e-3, "--device", device)
-    one_step = ["--no-amp", "--max-steps", 1, "--eval-splits", "--name", "float32"]
+    one_step = ["--amp", "never", "--max-steps", 1, "--eval-splits", "--name", "float32"]
     done = run_script("finetune_depth.py", *arguments, *one_step)
     assert done.returncode == 0, done.stderr
     folders = (trained[0], tmp_path / "out" / "float32")

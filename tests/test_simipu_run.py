@@ -78,7 +78,7 @@ def test_on_a_gpu(run_script, scenes, tmp_path, device):
         assert done.returncode == 0, done.stderr
         return read_log(tmp_path / "out" / name)
 
-    one, other = (log_of(name, "--device", name, "--no-amp", "--max-steps", 1)[0] for name in ("cpu", device))
+    one, other = (log_of(name, "--device", name, "--amp", "never", "--max-steps", 1)[0] for name in ("cpu", device))
     assert [other[k] for k in ("intra", "inter", "match_m")] == pytest.approx(
         [one[k] for k in ("intra", "inter", "match_m")], rel=0.01
     )
@@ -88,6 +88,20 @@ def test_on_a_gpu(run_script, scenes, tmp_path, device):
     for loss in ("intra", "inter"):
         values = [line[loss] for line in log]
         assert np.mean(values[-6:]) < np.mean(values[:6]) - 0.1, values
+
+
+def test_bfloat16_on_a_cpu(run_here, scenes, tmp_path):
+    """`--amp always` rounds the networks, and no more than that; `gpu`, the default, does not."""
+
+    def figures_of(amp):
+        more = ["--amp", amp, "--name", amp, "--max-steps", 1, "--device", "cpu"]
+        status, _, err = run_here(simipu, "demo", "--data-root", scenes, *MINI, *more)
+        assert status == 0, err
+        return [read_log(tmp_path / "out" / amp)[0][name] for name in ("intra", "inter", "match_m")]
+
+    never, gpu, always = (figures_of(amp) for amp in ("never", "gpu", "always"))
+    assert never == gpu != always
+    assert always == pytest.approx(never, rel=0.1)  # features choose the places: a rounding may choose another
 
 
 def test_checkpoints_that_do_not_fit(run_here, scenes, tmp_path):
