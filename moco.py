@@ -67,6 +67,8 @@ class Config:
     """Of nuScenes: the folder of tables, such as v1.0-mini. auto: the one that a split is of."""
     frame_stride: int = 1
     """Of the raw layout: keep every n-th frame of a drive."""
+    train_frames: int = 0
+    """Train on at most so many frames, evenly spread; 0: on all."""
     skip_missing: bool = False
     """Leave out frames that lack an image, instead of stopping at them."""
     synthetic_frames: int = 0
@@ -153,7 +155,9 @@ class Config:
     """Show what log.jsonl says there, too, if that package is installed."""
 
 
-SHARED = "data_root splits cameras version frame_stride skip_missing synthetic_frames workers image_encoder"
+SHARED = (
+    "data_root splits cameras version frame_stride train_frames skip_missing synthetic_frames workers image_encoder"
+)
 OWN = {  # what a preset has beside what it shares with simipu.py's of that name
     "demo": {
         "view": (192, 64), "queue": 128, "hidden": 512, "temperature": 0.07, "batch_size": 16, "group": 16,
@@ -480,7 +484,7 @@ def check_config(c, world):
     runtime.check_range(c, "epochs log_every save_every frame_stride hidden embed_dim", 1, 1e9, "1 or more")
     runtime.check_range(c, "view", 32, 1e5, "32 or more")
     runtime.check_range(c, "lr temperature", 1e-30, 1e30, "above 0")
-    runtime.check_range(c, "seed workers max_steps keep_every synthetic_frames", 0, 1e9, "0 or more")
+    runtime.check_range(c, "seed workers max_steps keep_every synthetic_frames train_frames", 0, 1e9, "0 or more")
     runtime.check_range(c, "area", 1e-3, 1, "above 0, and 1 or less, the smaller first", rising=True)
     runtime.check_range(c, "ratio", 0.1, 10, "from 0.1 to 10, the smaller first", rising=True)
     runtime.check_range(c, "blur", 0, min(c.view) / 6, "from 0 to a sixth of --view, the smaller first", rising=True)

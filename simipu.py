@@ -601,7 +601,8 @@ def training_frames(c, run, clouds=True):
     for.
     """
     synthetic.write_scenes(c, run)
-    return runtime.main_first(run, lambda: pool_frames(c, c.data_root, c.splits, clouds=clouds))
+    frames, notes = runtime.main_first(run, lambda: pool_frames(c, c.data_root, c.splits, clouds=clouds))
+    return data.evenly_spread(frames, c.train_frames or len(frames)), notes
 
 
 def load_frames(c, run):
@@ -610,7 +611,6 @@ def load_frames(c, run):
     Raises BadInput as pool_frames does, for held-out frames that are trained on, and for fewer than two.
     """
     frames, notes = training_frames(c, run)
-    frames = data.evenly_spread(frames, c.train_frames or len(frames))
     if not (c.eval_splits or c.eval_root):
         return frames, [], "\n".join(notes) or None
     roots, flag = c.eval_root or c.data_root, "--eval-splits"

@@ -370,6 +370,7 @@ def test_every_preset_of_simipu_has_its_frames():
         ("--view 64 16", "--view 64 16: must be 32 or more"),
         ("--blur 0 9", "--blur 0.0 9.0: must be from 0 to a sixth of --view"),
         ("--batch-size 8 --queue 8", "--batch-size 8: the 6 frames found are too few"),
+        ("--train-frames 3", "--batch-size 4: the 3 frames found are too few"),
         ("--splits nonsense", "nonsense.txt: missing"),
     ],
 )
