@@ -120,6 +120,8 @@ class Config:
     """How that file's pixels were normalised, where it does not say."""
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
+    freeze: bool = False
+    """Leave the image encoder as it is, statistics included: what does it know by itself?"""
     decoder_width: int = 0
     """Channels of the decoder at its deepest, halved at each of the four levels after it. 0: as many as the encoder has
     there (2048 for ResNet-50, as in the toolbox).
@@ -271,6 +273,13 @@ class DepthNet(nn.Module):
             wanted = "the decoder wants five, of strides 2 to 32"
             raise BadInput(f"--image-encoder {c.image_encoder}: has {maps} maps; {wanted}")
         self.decode_head = DenseDepth(self.backbone.map_channels, c.decoder_width)
+        self.freeze = c.freeze
+        self.backbone.requires_grad_(not c.freeze)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone.train(mode and not self.freeze)
+        return self
 
     def depth(self, image):
         """image (B, 3, H, W) -> metres in (0, max_depth), float32 (B, 1, H / 2, W / 2)."""
@@ -353,8 +362,9 @@ def start_encoder(encoder, c):
 
 
 def build_optimizer(model, c):
-    """AdamW over all parameters alike, as in the toolbox; one kernel for all of them."""
-    return torch.optim.AdamW(model.parameters(), c.lr, betas=BETAS, weight_decay=c.weight_decay, fused=True)
+    """AdamW over all parameters that learn alike, as in the toolbox; one kernel for all of them."""
+    learns = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learns, c.lr, betas=BETAS, weight_decay=c.weight_decay, fused=True)
 
 
 def load_frames(c, run):

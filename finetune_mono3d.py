@@ -181,6 +181,7 @@ MIN_SCORE, BEFORE_NMS, NMS_OVERLAP, AFTER_NMS = 0.05, 1000, 0.8, 200  # of a pre
 # a checkpoint may be continued with other values of these; any other difference is another experiment
 FREE = {"data_root", "workers", "name", "out", "device", "log_every", "save_every", "init"}
 FREE |= {"keep_every", "track", "eval_splits", "eval_root", "eval_frames", "eval_every"}
+FREE |= {"cameras", "version"}  # as data_root: the frames that they find must be the same
 
 
 # -----------------------------------------------------------------------------

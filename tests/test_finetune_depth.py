@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import data
 import eval_depth
-from finetune_depth import Config, DenseDepth, DepthNet, one_cycle, sig_loss
+from finetune_depth import Config, DenseDepth, DepthNet, build_optimizer, one_cycle, sig_loss
 
 RESNET50 = (64, 256, 512, 1024, 2048)
 
@@ -112,6 +112,21 @@ def test_any_size_and_float32_metres_under_autocast():
     assert rounding.mean() > 2**-11, "the answer itself was rounded to bfloat16"
     assert stats["known"] == 1
     assert stats["abs_rel"] > 0
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_encoder_stays_and_the_decoder_learns(freeze):
+    c = Config(image_encoder="resnet18", decoder_width=32, freeze=freeze)
+    model = DepthNet(c).train()
+    optimizer = build_optimizer(model, c)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss, _ = model({"image": torch.randn(2, 3, 32, 64), "depth": torch.rand(2, 32, 64) * 9 + 1})
+    loss.backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    own = {name for name in before if name.startswith("backbone.")}
+    assert moved >= before.keys() - own
+    assert moved.isdisjoint(own) if freeze else moved == before.keys()
 
 
 # -----------------------------------------------------------------------------
