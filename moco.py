@@ -107,6 +107,10 @@ class Config:
     """Take a frame's own older keys as negatives, too, as MoCo does. A queue that holds more keys than there are frames
     has them: KITTI's 11 thousand frames are in it six times.
     """
+    batch_negatives: bool = False
+    """Take the keys of the other images in the pass as negatives, too. Those of the queue are older: with a quick key
+    encoder a query may tell new keys from old ones, and learn nothing of images.
+    """
     momentum: float = 0.999
     """Of the key encoder: the share of itself that it keeps at a step."""
     temperature: float = 0.2
@@ -160,8 +164,9 @@ SHARED = (
 )
 OWN = {  # what a preset has beside what it shares with simipu.py's of that name
     "demo": {
-        "view": (192, 64), "queue": 128, "hidden": 512, "temperature": 0.07, "batch_size": 16, "group": 16,
-        "optimizer": "adamw", "lr": 1e-3,
+        "view": (192, 64), "area": (0.6, 1.0), "flip": 0.0, "jitter": (0.1, 0.1, 0.0, 0.0), "grey": 0.0, "blur_p": 0.0,
+        "queue": 128, "hidden": 512, "batch_negatives": True, "momentum": 0.99, "temperature": 0.07,
+        "batch_size": 16, "group": 16, "optimizer": "adamw", "lr": 3e-4,
         "epochs": 1000, "max_steps": 140, "log_every": 5, "save_every": 35,
     },
     "waymo": {"view": (480, 320)},
@@ -403,8 +408,13 @@ class MoCo(nn.Module):
             key = F.normalize(self.encoder_k(batch["key"]).float(), dim=1)
         frames = batch["index"].to(key.device, non_blocking=True)
         self.fresh.append((key, frames))
-        own = None if self.c.own_negatives else frames[:, None] == self.queue_frames  # (n, K)
-        loss, found = contrast(query, key, self.queue, self.c.temperature, own, report)
+        others, whose = self.queue, self.queue_frames
+        if self.c.own_negatives:
+            whose = torch.full_like(whose, -1)
+        if self.c.batch_negatives:
+            others, whose = torch.cat([others, key]), torch.cat([whose, frames])
+        own = frames[:, None] == whose  # (n, K), or (n, K + n)
+        loss, found = contrast(query, key, others, self.c.temperature, own, report)
         return loss, {"moco": loss.detach(), **simipu.prefixed("moco_", found)} if report else {}
 
     @torch.no_grad()

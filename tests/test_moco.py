@@ -51,7 +51,9 @@ def tiny(monkeypatch):
 
     def build(**changes):
         torch.manual_seed(0)
-        return moco.MoCo(config(**{"queue": 8, "hidden": 8, "embed_dim": 8, **changes})).train()
+        return moco.MoCo(
+            config(**{"queue": 8, "hidden": 8, "embed_dim": 8, "batch_negatives": False, **changes})
+        ).train()
 
     return build
 
@@ -153,6 +155,28 @@ def test_frames_own_older_keys_are_no_negatives(tiny):
     assert float(model(batch_of(2))[1]["moco_chance"]) == pytest.approx(math.log(5))
 
 
+def test_other_keys_of_the_batch_are_negatives_if_asked_for(tiny):
+    """Beside the queue's; a frame's own key is its positive and nothing else."""
+    model, batch = tiny(queue=4, batch_negatives=True), batch_of(3)
+    model(batch)
+    model.follow()
+    for own_negatives in (False, True):
+        model.c.own_negatives = own_negatives
+        with torch.no_grad():
+            loss, stats = model(batch)
+            query = F.normalize(model.encoder_q(batch["query"]), dim=1)
+        key = model.fresh[-1][0]
+        positive = (query * key).sum(1)
+        rows = []
+        for i in range(3):
+            others = [query[i] @ key[j] for j in range(3) if j != i]
+            others += [query[i] @ k for k, f in zip(model.queue, model.queue_frames) if f != i or own_negatives]
+            rows.append(torch.stack([positive[i], *others]) / model.c.temperature)
+        expected = sum(row.logsumexp(0) - row[0] for row in rows) / 3
+        assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+        assert float(stats["moco_chance"]) == pytest.approx(np.mean([math.log(len(row)) for row in rows]))
+
+
 # ---- batch norm ----
 
 
@@ -204,7 +228,7 @@ def test_a_key_depends_on_its_image_alone(tiny):
 
 def test_views_are_drawn_as_said():
     """Shares of what is done, and windows: within the image, of the area and the shape that were asked for."""
-    c, rng = config(area=(0.2, 0.6)), np.random.default_rng(0)
+    c, rng = dataclasses.replace(moco.Config(), view=(64, 32), area=(0.2, 0.6)), np.random.default_rng(0)
     views = [moco.random_view(rng, SIZE, c) for _ in range(2000)]
     grey = [bool(np.allclose(view["colour"][0], view["colour"][1])) for view in views]
     jittered = [not np.allclose(view["colour"], np.eye(3, 4)) for view, is_grey in zip(views, grey) if not is_grey]
