@@ -364,8 +364,10 @@ def ablate(options, flags, base):
             found[job.variant, job.seed] = result
 
     seeds = " ".join(map(str, options.seeds))
-    counts = ", ".join(map(str, options.frames)) if options.task == "match" and options.frames else len(frames)
-    trained = f"{counts} frames, {base.max_steps} steps of {base.batch_size}"
+    counts = options.frames or [len(frames)]
+    if options.task != "match":
+        counts = [max(1, round(share * len(frames))) for share in options.labels]
+    trained = f"{', '.join(map(str, counts))} frames, {base.max_steps} steps of {base.batch_size}"
     print(f"{trained}, judged on {len(held_out)} others; mean (range) over seeds {seeds}")
     if note:
         print(note)

@@ -71,6 +71,7 @@ def test_ablation_of_depth(run_here, scenes, tmp_path):
     assert status == 0, err
     rows = rows_of(out)
     assert [row[0] for row in rows] == ["none, 1 of labels", "none, 0.5 of labels"]
+    assert out.startswith("6, 3 frames, 1 steps of 2, judged on 2 others;"), out
     for row, folder, pairs in zip(rows, ("none_1_of_labels", "none_0.5_of_labels"), (6, 3)):
         first, *_, last = log_of(tmp_path / "out" / "ablation" / folder / "0")
         assert first["data"]["frames"] == pairs
