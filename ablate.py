@@ -43,6 +43,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
+import data
 import eval_match
 import finetune_depth
 import finetune_det3d
@@ -366,7 +367,7 @@ def ablate(options, flags, base):
     seeds = " ".join(map(str, options.seeds))
     counts = options.frames or [len(frames)]
     if options.task != "match":
-        counts = [max(1, round(share * len(frames))) for share in options.labels]
+        counts = [len(data.share_of(frames, share)) for share in options.labels]
     trained = f"{', '.join(map(str, counts))} frames, {base.max_steps} steps of {base.batch_size}"
     print(f"{trained}, judged on {len(held_out)} others; mean (range) over seeds {seeds}")
     if note:

@@ -242,6 +242,11 @@ def evenly_spread(items, limit):
     return take(items, [i * len(items) // keep for i in range(keep)])
 
 
+def share_of(items, share):
+    """The share of the items, evenly spread, one at least: what --labels leaves."""
+    return evenly_spread(items, max(1, round(share * len(items))))
+
+
 def inventory(frames, clouds=True):
     """One line a frame, in order: its name, and the bytes of its files. Equal lines are equal data, wherever they
     lie. clouds=False: of its image alone.

@@ -108,6 +108,13 @@ class ResNet(nn.Module):
         return maps
 
 
+def first_stage(encoder):
+    """The parts of a ResNet that detectors leave as they are with --freeze. Raises BadInput for another encoder."""
+    if not hasattr(encoder, "layer1"):
+        raise BadInput("--freeze: of ResNets alone; give --no-freeze")
+    return encoder.conv1, encoder.bn1, encoder.layer1
+
+
 def build_image_encoder(name, deformable=()):
     """resnetNN, or timm:NAME when timm is installed. deformable: as ResNet has it. Raises BadInput for other names.
 

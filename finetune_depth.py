@@ -383,7 +383,7 @@ def load_frames(c, run):
         notes += more
     flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag)
-    train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
+    train = data.share_of(train, c.labels)
     return train, held_out, "\n".join(notes) or None
 
 

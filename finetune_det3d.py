@@ -392,22 +392,16 @@ class Detector(nn.Module):
         self.pts_bbox_head = Anchor3DHead(2 * c.neck, len(self.protocol.anchors))
         self.register_buffer("anchors", anchor_grid(self.layout), persistent=False)  # (Y, X, classes, yaws, 7)
         if self.freeze:
-            for part in self.frozen_parts():
+            for part in encoders.first_stage(self.img_backbone):
                 part.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 module.to(memory_format=torch.channels_last)  # faster, on CPUs too
 
-    def frozen_parts(self):
-        encoder = self.img_backbone
-        if not hasattr(encoder, "layer1"):
-            raise BadInput("--freeze: of ResNets alone; give --no-freeze")
-        return encoder.conv1, encoder.bn1, encoder.layer1
-
     def train(self, mode=True):
         super().train(mode)
         if self.freeze:
-            for part in self.frozen_parts():
+            for part in encoders.first_stage(self.img_backbone):
                 part.eval()  # statistics, too
         return self
 
@@ -529,7 +523,7 @@ def load_frames(c, run):
     flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag)
     shared = data.shared_drives(train, held_out, flag)
-    train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
+    train = data.share_of(train, c.labels)
     return train, held_out, notes + ([shared] if shared else [])
 
 

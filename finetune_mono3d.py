@@ -295,22 +295,16 @@ class FCOS3D(nn.Module):
         self.neck = encoders.FPN(self.backbone.map_channels[2:], c.width, further=2)
         self.bbox_head = FCOSMono3DHead(c)
         if self.freeze:
-            for part in self.frozen_parts():
+            for part in encoders.first_stage(self.backbone):
                 part.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # faster, on CPUs too
 
-    def frozen_parts(self):
-        encoder = self.backbone
-        if not hasattr(encoder, "layer1"):
-            raise BadInput("--freeze: of ResNets alone; give --no-freeze")
-        return encoder.conv1, encoder.bn1, encoder.layer1
-
     def train(self, mode=True):
         super().train(mode)
         if self.freeze:
-            for part in self.frozen_parts():
+            for part in encoders.first_stage(self.backbone):
                 part.eval()  # statistics, too
         return self
 
@@ -562,8 +556,7 @@ def load_frames(c, run):
     flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag, data_mono3d.inventory)
     shared = data.shared_drives(train, held_out, flag)
-    if c.labels < 1:
-        train = data.evenly_spread(train, max(1, round(c.labels * len(train))))
+    train = data.share_of(train, c.labels)
     return train, held_out, notes + ([shared] if shared else [])
 
 

@@ -332,17 +332,16 @@ class Head(nn.Module):
         return self.mlp(maps[-1].mean((2, 3)))
 
 
-def contrast(query, key, queue, temperature, own=None, report=True):
-    """InfoNCE of each query with its key among the queue. -> loss, stats.
+def contrast(query, key, others, temperature, own, report=True):
+    """InfoNCE of each query with its key among others, the queue's. -> loss, stats.
 
-    query, key (n, D), l2-normalised here; queue (K, D), normalised; own (n, K) bool: of the query's own frame, no
-    candidates. -1/n sum_i log( exp(q_i.k_i / tau) / (exp(q_i.k_i / tau) + sum_j exp(q_i.queue_j / tau)) ).
+    query, key (n, D), l2-normalised here; others (K, D), normalised; own (n, K) bool: of the query's own frame, no
+    candidates. -1/n sum_i log( exp(q_i.k_i / tau) / (exp(q_i.k_i / tau) + sum_j exp(q_i.others_j / tau)) ).
     stats, {} without `report`, as simipu.info_nce names them.
     """
     with torch.autocast(query.device.type, enabled=False):
         q, k = (F.normalize(t.float(), dim=1) for t in (query, key))
-        positive, negative = (q * k).sum(1, keepdim=True), q @ queue.T  # (n, 1), (n, K)
-        own = torch.zeros_like(negative, dtype=torch.bool) if own is None else own
+        positive, negative = (q * k).sum(1, keepdim=True), q @ others.T  # (n, 1), (n, K)
         logits = torch.cat([positive, negative.masked_fill(own, -torch.inf)], 1) / temperature
         loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
         if not report:
@@ -410,7 +409,7 @@ class MoCo(nn.Module):
         self.fresh.append((key, frames))
         others, whose = self.queue, self.queue_frames
         if self.c.own_negatives:
-            whose = torch.full_like(whose, -1)
+            whose = torch.full_like(whose, -1)  # nobody's: none is left out
         if self.c.batch_negatives:
             others, whose = torch.cat([others, key]), torch.cat([whose, frames])
         own = frames[:, None] == whose  # (n, K), or (n, K + n)
