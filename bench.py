@@ -325,6 +325,7 @@ def launches():
         patch.dict(vars(driver)),  # as it was, at the end
         patch.object(triton.runtime.JITFunction, "run", compile_only),
         patch.object(ops, "_use_triton", lambda *_: True),
+        patch.object(ops, "_multiprocessors", lambda device: 132),
     ):
         driver.set_active(Hopper())
         yield launched
@@ -342,8 +343,8 @@ def launch_all(o):
     ops.furthest_point_sample_features(tensor(B, 4 * P, 3), tensor(B, 4 * P, encoders.AGGREGATION[0]), P)
     sizes = (o.num_points, 4 * P), (4 * P, 2 * P), (2 * P, P)
     for (n, m), radii, neighbours, mlps in zip(sizes, encoders.RADII, encoders.NEIGHBOURS, encoders.MLPS):
-        for radius, k, widths in zip(radii, neighbours, mlps):
-            idx = ops.ball_query(tensor(B, n, 3), tensor(B, m, 3), radius, k)
+        balls = ops.ball_shells(tensor(B, n, 3), tensor(B, m, 3), radii, neighbours)
+        for idx, widths in zip(balls, mlps):
             for dtype in (torch.bfloat16, torch.float32):
                 features = tensor(B, n, widths[-1], dtype=dtype, requires_grad=True)
                 ops.gather_max(features, idx).sum().backward()

@@ -67,22 +67,23 @@ def bench_farthest(meter, given, places):
 
 
 def bench_balls(meter, sa, xyz, features, centers):
-    """The three balls of a set abstraction, and the maximum over the largest of them."""
+    """The three shells of a set abstraction, and the maximum over the largest of them."""
     clouds = f"{len(xyz)} x {centers.shape[1]}"
     queries = {"cdist, topk": peers.ball_topk}
     if not meter.cuda:
         queries["scipy k-d tree"] = peers.ball_kdtree
 
-    def side(query, radius, k, inner):
-        return lambda _: query(xyz, centers, radius, k, inner)
+    shells = peers.shells(sa)
 
-    for radius, k, inner in peers.shells(sa):
-        ours = side(ops.ball_query, radius, k, inner)
-        usual = {name: side(query, radius, k, inner) for name, query in queries.items()}
-        shape = f"{clouds} of {xyz.shape[1]}, k = {k}"
-        meter.compare(f"ball, {inner} to {radius} m", shape, ours, usual, peers.share_of_balls, 1e-3)
+    def usual(query):
+        return lambda _: torch.cat([query(xyz, centers, radius, k, inner) for radius, k, inner in shells], 2)
 
-    radius, k, inner = peers.shells(sa)[-1]
+    ours = lambda _: torch.cat(ops.ball_shells(xyz, centers, sa.radii, sa.neighbours), 2)
+    beside = {name: usual(query) for name, query in queries.items()}
+    balls = f"{clouds} of {xyz.shape[1]}, k = {', '.join(map(str, sa.neighbours))}"
+    meter.compare(f"balls to {', '.join(map(str, sa.radii))} m", balls, ours, beside, peers.share_of_balls, 1e-3)
+
+    radius, k, inner = shells[-1]
     idx = ops.ball_query(xyz, centers, radius, k, inner)
     with torch.no_grad():
         features = sa.mlps[-1](features).requires_grad_()  # (B, N, 128)
@@ -120,7 +121,7 @@ def bench_set_abstraction(meter, name, sa, xyz, features, centers):
     ours, usual = side(sa), side(peers.Grouped(sa))
     shape = f"{len(xyz)} x {xyz.shape[1]} -> {centers.shape[1]}"
     # balls are found in the warm-up: they have rows of their own
-    with patch.object(ops, "ball_query", functools.cache(ops.ball_query)):
+    with patch.object(ops, "ball_shells", functools.cache(ops.ball_shells)):
         # 1e-2: where two points share a maximum but for rounding, the gradient may go to the other
         return meter.compare(name, shape, ours, {"grouped": usual}, peers.norms_differ, 1e-2)
 

@@ -116,7 +116,7 @@ class Grouped(nn.Module):
 
     def __init__(self, sa):
         super().__init__()
-        self.shells = shells(sa)
+        self.radii, self.neighbours = sa.radii, sa.neighbours
         self.mlps = nn.ModuleList()
         for mlp in sa.mlps:
             parts = []
@@ -126,8 +126,7 @@ class Grouped(nn.Module):
 
     def forward(self, xyz, features, centers):
         out = []
-        for mlp, (radius, k, inner) in zip(self.mlps, self.shells):
-            idx = ops.ball_query(xyz, centers, radius, k, inner)
+        for mlp, idx in zip(self.mlps, ops.ball_shells(xyz, centers, self.radii, self.neighbours)):
             out.append(mlp(group(features, idx)).max(3).values.transpose(1, 2))
         return torch.cat(out, -1)
 

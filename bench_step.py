@@ -168,7 +168,7 @@ def bench_pretraining(meter, work, run):
         return loss, stats["match_m"]
 
     stages = {
-        "point encoder": [(model.pts_backbone, "forward")],
+        "point encoder": [(model.pts_backbone, "place"), (model.pts_backbone, "describe")],
         "matching, not hidden": [(simipu, "match_in_background")],
         "image encoder": [(model.img_backbone, "forward")],
     }

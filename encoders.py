@@ -423,9 +423,7 @@ class SetAbstraction(nn.Module):
         """xyz (B, N, 3), features (B, N, C), centers (B, M, 3) -> (B, M, sum of the MLPs' outputs)."""
         B, N, _ = xyz.shape
         out = []
-        for i, mlp in enumerate(self.mlps):
-            k = self.neighbours[i]
-            idx = ops.ball_query(xyz, centers, self.radii[i], k, self.radii[i - 1] if i else 0.0)  # (B, M, k)
+        for idx, mlp in zip(ops.ball_shells(xyz, centers, self.radii, self.neighbours), self.mlps):  # (B, M, k)
             if self.grouped:
                 flat = (idx + N * torch.arange(B, device=idx.device).view(B, 1, 1)).view(-1)
                 f = features.reshape(B * N, -1)[flat].view(*idx.shape, -1)  # (B, M, k, C)
@@ -470,20 +468,36 @@ class PointEncoder(nn.Module):
         return torch.cat([seen[name] for name in self.point_features], -1)
 
     def forward(self, points):
-        P, xyz, features = self.places, points[..., :3].contiguous(), self.seen_of(points)
-        for stage, (sa, aggregate) in enumerate(zip(self.SA_modules, self.aggregation_mlps)):
-            if stage == 0:
-                index = ops.furthest_point_sample(xyz, 4 * P)  # (B, 4P)
-            elif stage == 1:
-                by_feature = ops.furthest_point_sample_features(xyz, features.detach().float(), P)
-                index = torch.cat([by_feature, torch.arange(P, device=xyz.device).expand(len(xyz), P)], 1)  # (B, 2P)
-            else:
-                rest = P // 2 + ops.furthest_point_sample(xyz[:, P // 2 :].contiguous(), P // 2)
-                index = torch.cat([torch.arange(P // 2, device=xyz.device).expand(len(xyz), P // 2), rest], 1)  # (B, P)
-            centers = xyz.gather(1, index[..., None].expand(-1, -1, 3))
-            features = aggregate(sa(xyz, features, centers))
-            xyz = centers
-        return xyz, features
+        places, layers = self.place(points)
+        return places, self.describe(layers)
+
+    def place(self, points):
+        """points -> places (B, P, 3), and for `describe` what it takes to give them features: all points of stages 1 to
+        3 with the features of stage 1. That is half of the encoder's work, and places can be matched during the rest.
+        """
+        P, xyz = self.places, points[..., :3].contiguous()
+        first = rows_at(xyz, ops.furthest_point_sample(xyz, 4 * P))  # (B, 4P, 3)
+        features = self.stage(0, xyz, self.seen_of(points), first)
+        by_feature = ops.furthest_point_sample_features(first, features.detach().float(), P)
+        second = torch.cat([rows_at(first, by_feature), first[:, :P]], 1)  # (B, 2P, 3)
+        others = second[:, P // 2 :].contiguous()
+        rest = rows_at(others, ops.furthest_point_sample(others, P // 2))
+        places = torch.cat([second[:, : P // 2], rest], 1)  # (B, P, 3)
+        return places, (first, features, second, places)
+
+    def describe(self, layers):
+        """What `place` left -> features (B, P, 1024)."""
+        first, features, second, places = layers
+        return self.stage(2, second, self.stage(1, first, features, second), places)
+
+    def stage(self, i, xyz, features, centers):
+        """One set abstraction and its aggregation: (B, N, 3), (B, N, C), (B, M, 3) -> (B, M, C')."""
+        return self.aggregation_mlps[i](self.SA_modules[i](xyz, features, centers))
+
+
+def rows_at(rows, index):
+    """rows (B, N, C), index (B, M) -> (B, M, C)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
 class ProjectionHead(nn.Module):

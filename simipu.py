@@ -337,8 +337,7 @@ def nearest_first(cost):
 
 
 def match_in_background(alpha, beta, T, visible, method):
-    """Start matching a batch; the returned function waits for it. The host is free to launch the image encoder
-    meanwhile.
+    """Start matching a batch; the returned function waits for it. The host is free to launch the encoders meanwhile.
 
     alpha, beta (B, P, 3) places, T (B, 4, 4), visible (B, P) bool, all on the device. The function returns partner (B,
     P), distance (B, P) in metres of view alpha, visible (n,) flat indices, all on the device.
@@ -506,16 +505,17 @@ class SimIPU(nn.Module):
         c, B = self.c, len(batch["alpha"])
         loss, stats = torch.zeros((), device=batch["alpha"].device), {}
 
-        # places and features of both views; both are needed before anything can be matched
+        # places of both views: once they are known, before they have features, they can be matched
         views = torch.cat([batch["alpha"], batch["beta"]]) if c.intra_weight else batch["alpha"]
-        places, features = self.pts_backbone(views)  # (2B, P, 3), (2B, P, 1024)
+        places, layers = self.pts_backbone.place(views)  # (2B, P, 3)
         uv, depth = data.project(places[:B], batch["lidar2img"])  # (B, P, 2)
         height, width = batch["image"].shape[2:]
         visible = data.inside_image(uv, depth, width, height)  # (B, P)
         if c.intra_weight:
             matched = self.match(places[:B], places[B:], batch["T"], visible)
 
-        # the image encoder runs while threads match
+        # both encoders run while threads match
+        features = self.pts_backbone.describe(layers)  # (2B, P, 1024)
         if c.inter_weight:
             image = batch["image"].contiguous(memory_format=torch.channels_last)
             maps = self.img_backbone(image)  # (B, C, H / s, W / s), s = 2, 4, 8, 16, 32

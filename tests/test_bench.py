@@ -25,9 +25,7 @@ SIZES = "--num-points 1024 --places 32 --image-encoder resnet18 --image-scale 16
 PEERS = {
     "farthest points": ["torch loop"],
     "farthest features": ["torch loop"],
-    "ball, 0.0 to 0.2 m": ["cdist, topk", "scipy k-d tree"],
-    "ball, 0.2 to 0.4 m": ["cdist, topk", "scipy k-d tree"],
-    "ball, 0.4 to 0.8 m": ["cdist, topk", "scipy k-d tree"],
+    "balls to 0.2, 0.4, 0.8 m": ["cdist, topk", "scipy k-d tree"],
     "gather, maximum": ["gather, max"],
     "bilinear sampling": ["grid_sample"],
     "set abstraction 1": ["grouped"],

@@ -161,14 +161,14 @@ def traced():
     torch.manual_seed(0)
     encoder = encoders.PointEncoder(64)
     calls = []
-    original = ops.ball_query
+    original = ops.ball_shells
 
-    def spy(xyz, centers, radius, k, min_radius=0.0):
-        calls.append((xyz.shape[1], centers.shape[1], min_radius, radius, k))
-        return original(xyz, centers, radius, k, min_radius)
+    def spy(xyz, centers, radii, ks):
+        calls.extend((xyz.shape[1], centers.shape[1], *shell) for shell in zip((0.0, *radii), radii, ks))
+        return original(xyz, centers, radii, ks)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "ball_query", spy)
+        patch.setattr(ops, "ball_shells", spy)
         places, features = encoder(cloud(2, 1024, spread=40))
     return encoder, calls, places, features
 

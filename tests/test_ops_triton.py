@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU, needs_triton
+from conftest import GPU, needs_gpu, needs_triton
 
 import ops_triton as ops
 
@@ -130,6 +130,30 @@ def test_furthest_point_sample_as_in_mmdetection3d(path):
     assert furthest(path, F.pad(MMDET_CLOUDS, (0, 2)), 3).tolist() == expected  # two channels that are always 0
 
 
+def test_how_many_programs_share_a_cloud(monkeypatch):
+    """All of them run at the same time, with enough points each and numbers that fit into the board's words."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops, "_multiprocessors", lambda device: 132)
+    shared = lambda B, N, m, share: ops._parts(torch.empty(B, N, 3, device="meta"), m, share)
+    assert [shared(B, 16384, 4096, 2048) for B in (1, 16, 17, 33, 66, 67, 500)] == [8, 8, 4, 4, 2, 1, 1]
+    assert [shared(4, N, 9, 512) for N in (100, 1023, 1024, 4095, 4096)] == [1, 1, 2, 4, 8]
+    assert [shared(1, 2**17 - 1, m, 2048) for m in (2**15 - 1, 2**15)] == [8, 1]
+    assert shared(1, 2**17, 9, 2048) == 1
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # one program after another: they would wait for ever
+    assert shared(1, 16384, 4096, 2048) == 1
+
+
+@needs_gpu[1]
+@pytest.mark.parametrize("B, N, m", [(1, 16385, 700), (16, 5000, 300), (40, 4099, 60), (3, 40000, 100)])
+def test_programs_that_share_a_cloud_agree(B, N, m):
+    """Ties across programs, padding that fills the last of them, more picks than places."""
+    cloud = torch.randn(B, N, 3, generator=torch.Generator().manual_seed(N))
+    cloud[:, N // 2 :] = cloud[:, : N - N // 2].clone()
+    cloud[-1] = cloud[-1, torch.arange(N) % 50]
+    for points in (cloud, torch.cat([cloud, 0.1 * cloud.repeat(1, 1, 5)], 2)):
+        assert furthest("triton", points, m).equal(furthest("torch", points, m))
+
+
 def test_features_of_any_float_type_and_layout():
     xyz, features = torch.randn(2, 30, 3), torch.randn(2, 8, 30).to(torch.bfloat16)
     want = ops.furthest_point_sample_features(xyz, features.transpose(1, 2).float().contiguous(), 9)
@@ -206,6 +230,30 @@ def test_ball_query_on_awkward_clouds(path):
         centers = cloud[:, ::3]
         got = ball(path, torch.from_numpy(cloud), torch.from_numpy(centers.copy()), 1.0, 6, 0.5)
         assert got.tolist() == [ball_oracle(p, c, 1.0, 6, 0.5) for p, c in zip(cloud, centers)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shells", [1, 2, 3])
+def test_ball_shells_are_ball_queries(shells, path):
+    """Around each other, and each with room of its own: balls empty, partly full and over-full, points held twice."""
+    cloud = 0.5 * torch.randn(2, 300, 3, generator=torch.Generator().manual_seed(0))
+    cloud[1, 150:] = cloud[1, :150]
+    centers = torch.cat([cloud[:, :20], torch.full((2, 1, 3), 50.0)], 1)
+    radii, ks = (0.2, 0.5, 2.0)[:shells], (4, 7, 33)[:shells]
+    device = DEVICE if path == "triton" else "cpu"
+    found = ops.ball_shells(cloud.to(device), centers.to(device), radii, ks, impl="torch" if path == "dense" else path)
+    for idx, near, radius, k in zip(found, (0.0, *radii), radii, ks, strict=False):
+        assert idx.is_contiguous()
+        assert idx.equal(ball(path, cloud, centers, radius, k, near).to(device))
+    assert len(found) == shells
+
+
+@needs_triton
+def test_counters_of_shells_do_not_run_into_each_other():
+    """A point at distance 0 is in every shell: tiles that are all hits, in all three, and more than balls hold."""
+    cloud, ks = torch.zeros(1, 700, 3, device=DEVICE), (5, 300, 700)
+    for idx, k in zip(ops.ball_shells(cloud, cloud[:, :2], (1.0, 2.0, 3.0), ks, impl="triton"), ks):
+        assert idx.tolist() == [[list(range(k))] * 2]
 
 
 # fmt: off
@@ -446,6 +494,9 @@ ERRORS = {
     "radii the wrong way round": (lambda: ops.ball_query(xyz, xyz, 1.0, 2, 1.5), "radii are 1.5 and 1.0"),
     "radius 0": (lambda: ops.ball_query(xyz, xyz, 0.0, 2), "radii"),
     "centres of another batch": (lambda: ops.ball_query(xyz, xyz[:1], 1.0, 2), r"centers are \(1, 9, 3\)"),
+    "shells without k": (lambda: ops.ball_shells(xyz, xyz, (1.0, 2.0), (3,)), "expected as many of both"),
+    "four shells": (lambda: ops.ball_shells(xyz, xyz, (1.0, 2.0, 3.0, 4.0), (1, 1, 1, 1)), "1 to 3"),
+    "shells out of order": (lambda: ops.ball_shells(xyz, xyz, (2.0, 1.0), (3, 3)), "radii are 2.0 and 1.0"),
     "half centres": (lambda: ops.ball_query(xyz, xyz.half(), 1.0, 2), "centers are torch.float16"),
     "several devices": (lambda: ops.ball_query(xyz, xyz.to("meta"), 1.0, 2), "several devices"),
     "map without a batch": (lambda: ops.bilinear_sample(image[0], uv), "expected 4 dimensions"),
