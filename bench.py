@@ -309,8 +309,8 @@ class Hopper:
 def launches():
     """Yields a list that fills with launches: (kernel's name, type of activations, constants, compiled kernel).
 
-    In here Triton has Hopper's driver, operations take a GPU's way on tensors of any device, and kernels are compiled
-    but not run.
+    In here Triton has Hopper's driver and an H100's 132 multiprocessors, operations take a GPU's way on tensors of any
+    device, and kernels are compiled but not run.
     """
     launched = []
     run = triton.runtime.JITFunction.run

@@ -373,7 +373,7 @@ def picks_differ(points):
 
 
 def share_of_balls(ours, peer):
-    """The share of balls that differ: a point may lie on a radius to the last bit, and the peers round otherwise."""
+    """The share of centres whose balls differ: on a radius, to the last bit, the peers round otherwise."""
     return float((ours != peer).any(2).float().mean())
 
 

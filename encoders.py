@@ -472,8 +472,8 @@ class PointEncoder(nn.Module):
         return places, self.describe(layers)
 
     def place(self, points):
-        """points -> places (B, P, 3), and for `describe` what it takes to give them features: all points of stages 1 to
-        3 with the features of stage 1. That is half of the encoder's work, and places can be matched during the rest.
+        """points -> places (B, P, 3), and for `describe` the points of all stages with the first one's features: places
+        can be matched while they are described.
         """
         P, xyz = self.places, points[..., :3].contiguous()
         first = rows_at(xyz, ops.furthest_point_sample(xyz, 4 * P))  # (B, 4P, 3)

@@ -90,7 +90,7 @@ def furthest_rows(points, m):
     return picks
 
 
-def squares(*radii):
+def squared(*radii):
     """In float32, as the distances are."""
     return [float(np.float32(r) * np.float32(r)) for r in radii]
 
@@ -100,7 +100,7 @@ def balls(xyz, centers, radius, k, min_radius):
     so that brute force agrees.
     """
     N, M = len(xyz), len(centers)
-    near, far = np.float32(squares(min_radius, radius))
+    near, far = np.float32(squared(min_radius, radius))
     out = np.zeros((M, k), np.int64)
     tree = cKDTree(xyz)
     chunk = max(1, 2**24 // N)  # bounds the list of pairs at 400 MB, should every point be in every ball

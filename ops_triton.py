@@ -1,16 +1,16 @@
-"""The five point and pixel operations of SimIPU, each as a Triton kernel beside a plain torch reference.
+"""The point and pixel operations of SimIPU, each as a Triton kernel beside a plain torch reference.
 
     furthest_point_sample(xyz, m)                      (B, N, 3)            -> (B, m) int64
     furthest_point_sample_features(xyz, features, m)   (B, N, 3), (B, N, C) -> (B, m) int64
     ball_query(xyz, centers, radius, k, min_radius)    (B, N, 3), (B, M, 3) -> (B, M, k) int64
-    ball_shells(xyz, centers, radii, ks)               the same of shells around each other, in one pass
+    ball_shells(xyz, centers, radii, ks)               the same of shells around each other: a list
     bilinear_sample(feature_map, uv)                   (B, C, H, W), (B, N, 2) -> (B, N, C)   differentiable
     gather_max(features, idx)                          (B, N, C), (B, M, k) -> (B, M, C)      differentiable
 
 Every function takes impl="auto" | "triton" | "torch". "auto" is Triton for CUDA tensors and torch for all others. Where
 Triton is not installed it is torch everywhere, with one warning. Triton needs no compiler of yours: kernels are built
 on first use (a second or so each) and cached. `TRITON_INTERPRET=1` runs the same kernels, slowly, on the CPU; the tests
-do this.
+do this. Only that several programs share a cloud takes a GPU.
 
 What can be relied on:
 - The three sampling operations return the same integers on every path, bit for bit. Distances are float32 differences,
@@ -120,14 +120,17 @@ def furthest_point_sample(xyz, m, impl="auto"):
     planes = F.pad(planes, (0, BLOCK - N)).contiguous()  # (B, 3, BLOCK): neighbouring lanes read neighbouring words
     parts = _parts(xyz, m, 2048)
     board = torch.zeros(B, 2, parts, dtype=torch.int64, device=xyz.device)
-    sizes = {"BLOCK": BLOCK // parts, "PARTS": parts, "num_warps": 8 if parts == 1 else 4}
-    _launch(_furthest_kernel, (parts, B), planes, board, out, N, m, **sizes, launch_cooperative_grid=parts > 1)
+    sizes = {"BLOCK": BLOCK // parts, "PARTS": parts, "num_warps": 4 if BLOCK // parts <= 4096 and parts > 1 else 8}
+    _launch(_furthest_kernel, (B, parts), planes, board, out, N, m, **sizes, launch_cooperative_grid=parts > 1)
     return out
 
 
+LAST_INDEX, LAST_ROUND = 2**17 - 1, 2**15 - 1  # what a word of the board has room for: see _pick
+
+
 def _parts(xyz, m, share):
-    """How many programs share a cloud, with `share` points each at least: as many as run at the same time, for each
-    waits for the others at every pick. The board's words bound the sizes.
+    """How many programs share a cloud: at most 8, each with at least `share` points, and no more than run at the same
+    time, since each waits for the others at every pick. 1 where the board's words are too small.
     """
     (B, N, _), interpreted = xyz.shape, os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted or N > LAST_INDEX or m > LAST_ROUND:
@@ -137,7 +140,7 @@ def _parts(xyz, m, share):
 
 
 @cache
-def _multiprocessors(device):
+def _multiprocessors(device):  # 1: other devices than GPUs are met in tests alone
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -167,9 +170,9 @@ def furthest_point_sample_features(xyz, features, m, impl="auto"):
     B, N, D = rows.shape
     out = torch.zeros(B, m, dtype=torch.int64, device=xyz.device)
     board = torch.zeros(B, 2, parts, dtype=torch.int64, device=xyz.device)
-    sizes = {"BLOCK": BLOCK, "STEP": STEP, "PARTS": parts, "num_warps": 16 if parts == 1 else 4}
+    sizes = {"BLOCK": BLOCK, "STEP": STEP, "PARTS": parts, "num_warps": 4 if BLOCK <= 1024 and parts > 1 else 16}
     arguments = rows, planes, board, out, N, D, m
-    _launch(_furthest_features_kernel, (parts, B), *arguments, **sizes, launch_cooperative_grid=parts > 1)
+    _launch(_furthest_features_kernel, (B, parts), *arguments, **sizes, launch_cooperative_grid=parts > 1)
     return out
 
 
@@ -203,13 +206,13 @@ def _furthest_dense(points, m):
 #       out[i] = last
 #
 # Per pick: 10 N operations, 8 N bytes from the level 1 cache, two block-wide reductions. The picks are a serial chain:
-# what counts is how long one takes. A program alone with 16384 points needs 1.8 us on an H100; eight that share them,
-# 1.1, most of which is agreeing on the pick. Alone, two words a point are half of a multiprocessor's registers and all
-# that 8 warps hold without spilling. The time does not depend on B while all programs find a multiprocessor: give it
-# the clouds of both views in one call.
+# what counts is how long one takes. With 16384 points a program alone needs 1.8 us on an H100; eight that share them,
+# 1.2, most of which is agreeing on the pick. Alone, two words a point are half of a multiprocessor's registers and all
+# that 8 warps hold without spilling. Give it the clouds of both views in one call: on 132 multiprocessors up to 16
+# clouds have eight programs each, up to 33 four, up to 66 two, and all run side by side.
 @jit
 def _furthest_kernel(xyz, board, out, N, m, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    cloud, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    cloud, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     xyz += cloud * 3 * BLOCK * PARTS
     board += cloud * 2 * PARTS
     out += cloud * m
@@ -227,30 +230,30 @@ def _furthest_kernel(xyz, board, out, N, m, BLOCK: tl.constexpr, PARTS: tl.const
         tl.store(out + i, last.to(tl.int64), mask=part == 0)
 
 
-LAST_INDEX, LAST_ROUND = 2**17 - 1, 2**15 - 1  # what a word of the board has room for
-
-
 # The first index of the largest distance, among all parts of the cloud. Each part writes its candidate on the board, a
 # word of 64 bits,
 #
-#   15 bits: round | 31 bits: distance | 17 bits: LAST_INDEX - index      the largest wins, of equals the lowest index
+#   15 bits: round | 31 bits: distance | 17 bits: LAST_INDEX (131071) - index     the largest: of equals the first
 #
-# and waits until all words are of its round. Rounds take turns between two rows of words: nobody writes round i + 2
-# before all have read round i, or there would be no round i + 1. A cooperative launch sees to it that all parts run at
-# the same time. The bits of floats >= 0 order like integers, and -1.0 is negative as bits, too. A warp reduces integers
-# in one instruction; tl.argmax on floats is dearer.
+# and waits until all words are of its round; a cooperative launch sees to it that all parts run at the same time. A
+# word carries all there is to know, so no other memory needs an order. Rounds take turns between two rows of words: a
+# part writes round i + 1 when all its warps have read round i, for the reductions above are barriers, and round i + 2
+# when it has seen everybody's i + 1. All lanes of a warp look at the same words, so that they leave the loop together.
+# The bits of floats >= 0 order like integers, and -1.0 is negative as bits, too. A warp reduces integers in one
+# instruction; tl.argmax on floats is dearer.
 @jit
 def _pick(distance, n, board, part, i, PARTS: tl.constexpr):
     bits = distance.to(tl.int32, bitcast=True)
     top = tl.max(bits, axis=0)
-    first = tl.min(tl.where(bits == top, n, 2147483647), axis=0)
+    first = tl.min(tl.where(bits == top, n, 131071), axis=0)
     if PARTS > 1:
         row = board + (i % 2) * PARTS
-        word = (tl.maximum(top, 0).to(tl.int64) << 17) | tl.maximum(131071 - first, 0).to(tl.int64)
+        word = (tl.maximum(top, 0).to(tl.int64) << 17) | (131071 - first).to(tl.int64)
         tl.atomic_xchg(row + part, (i.to(tl.int64) << 48) | word, sem="relaxed")
-        words = tl.load(row + tl.arange(0, PARTS), volatile=True)
+        each = row + tl.arange(0, 32) % PARTS
+        words = tl.load(each, volatile=True)
         while tl.min(words >> 48, axis=0) < i:
-            words = tl.load(row + tl.arange(0, PARTS), volatile=True)
+            words = tl.load(each, volatile=True)
         first = (131071 - (tl.max(words, axis=0) & 131071)).to(tl.int32)
     return first
 
@@ -267,7 +270,7 @@ def _pick(distance, n, board, part, i, PARTS: tl.constexpr):
 def _furthest_features_kernel(
     rows, planes, board, out, N, D, m, BLOCK: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr
 ):
-    cloud, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    cloud, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows += cloud * N * D
     planes += cloud * N * D
     board += cloud * 2 * PARTS
@@ -305,9 +308,8 @@ def ball_query(xyz, centers, radius, k, min_radius=0.0, impl="auto"):
 
 
 def ball_shells(xyz, centers, radii, ks, impl="auto"):
-    """ball_query of one to three shells around each other: up to radii[0], from there to radii[1], and so on, of which
-    ks[i] points are wanted. Returns a list of (B, M, ks[i]) int64. On a GPU each point is compared with each centre
-    once for all of them.
+    """Ball queries of one to three shells, each from the radius before it to its own, ks[i] points of each: a list of
+    (B, M, ks[i]) int64. On a GPU each point is compared with each centre once for all of them.
     """
     inner = (0.0, *radii)
     _check(1 <= len(radii) == len(ks) <= 3, f"radii {radii} and ks {ks}: expected as many of both, 1 to 3")
@@ -330,18 +332,16 @@ def _check_ball(xyz, centers, radius, k, min_radius):
 
 def _balls(xyz, centers, shells):
     """The kernel, for shells [(inner radius, radius, k)]."""
-    BLOCK = 256
+    BLOCK = 256  # below 1024: a tile's hits are counted in ten bits
     centers = centers.detach().contiguous()
     (B, N, _), M = xyz.shape, centers.shape[1]
     W = triton.cdiv(N, BLOCK) * BLOCK
     planes = F.pad(xyz.detach().transpose(1, 2), (0, W - N), value=torch.inf).contiguous()  # (B, 3, W), in no ball
     ks = [k for _, _, k in shells]
     out = torch.empty(B * M * sum(ks), dtype=torch.int64, device=xyz.device)
-    bounds = [number for near, far, k in shells for number in (*ops_cpu.squares(near, far), k)] + [0.0, 0.0, 0] * (
-        3 - len(ks)
-    )
+    bounds = [(*ops_cpu.squared(near, far), k) for near, far, k in shells] + [(0.0, 0.0, 0)] * (3 - len(shells))
     sizes = {"SHELLS": len(ks), "SLOTS": triton.next_power_of_2(max(ks)), "BLOCK": BLOCK, "num_warps": 1}
-    _launch(_ball_kernel, (M, B), planes, centers, out, M, W, *bounds, **sizes)
+    _launch(_ball_kernel, (M, B), planes, centers, out, M, W, *sum(bounds, ()), **sizes)
     return [part.view(B, M, k) for part, k in zip(out.split([B * M * k for k in ks]), ks)]
 
 
@@ -357,7 +357,7 @@ def ball_query_torch(xyz, centers, radius, k, min_radius=0.0):
 def _ball_dense(xyz, centers, radius, k, min_radius):
     """Every point against every centre, in torch operations only."""
     (B, N, _), M = xyz.shape, centers.shape[1]
-    near, far = ops_cpu.squares(min_radius, radius)
+    near, far = ops_cpu.squared(min_radius, radius)
     out = torch.zeros(B, M, k + 1, dtype=torch.int64, device=xyz.device)  # place k takes what nobody wants
     index = torch.arange(N, device=xyz.device)
     chunk = max(1, 2**24 // (B * N))  # bounds the (B, chunk, N) counts below at 128 MiB
@@ -373,7 +373,8 @@ def _ball_dense(xyz, centers, radius, k, min_radius):
     return out[:, :, :k].contiguous()
 
 
-# One program, a warp, per centre; the points of its cloud pass by in tiles, and most tiles hold none that is near.
+# One program, a warp, per centre. The points of its cloud pass by in tiles. Those with a hit are looked at closely: in
+# the first set abstraction about half of them, in the last all.
 #
 #   for each shell, count = 0
 #       for p in 0 .. N-1: if inside(p) and count < k: out[count++] = p
@@ -381,8 +382,7 @@ def _ball_dense(xyz, centers, radius, k, min_radius):
 #
 # The rank of a hit is a prefix sum along the tile, so hits land in index order without sorting. One sum serves three
 # shells: their counters are ten bits each of one word. Per centre 8 N operations, 12 N bytes from the level 1 cache,
-# and the sums of some tiles. No early exit: a ball is rarely full before the cloud ends. On an H100 three shells of
-# 4096 of 16384 take 16 clouds 2.7 ms; a shell at a time, in blocks of 16 centres that sum in every tile, 19.4.
+# and the sums of some tiles. No early exit: a ball is rarely full before the cloud ends.
 @jit
 def _ball_kernel(
     planes, centers, out, M, W, near0, far0, k0, near1, far1, k1, near2, far2, k2,
@@ -404,7 +404,7 @@ def _ball_kernel(
         dy = y - tl.load(planes + W + p)
         dz = z - tl.load(planes + 2 * W + p)
         d2 = dx * dx + dy * dy + dz * dz
-        if tl.min(d2, axis=0) < far:
+        if tl.min(d2, axis=0) <= far:  # equal: a radius so small that its square is 0
             hit0 = (d2 == 0) | ((d2 >= near0) & (d2 < far0))
             counters = hit0.to(tl.int32)
             if SHELLS > 1:

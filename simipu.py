@@ -505,7 +505,7 @@ class SimIPU(nn.Module):
         c, B = self.c, len(batch["alpha"])
         loss, stats = torch.zeros((), device=batch["alpha"].device), {}
 
-        # places of both views: once they are known, before they have features, they can be matched
+        # places of both views: matching starts before they have features
         views = torch.cat([batch["alpha"], batch["beta"]]) if c.intra_weight else batch["alpha"]
         places, layers = self.pts_backbone.place(views)  # (2B, P, 3)
         uv, depth = data.project(places[:B], batch["lidar2img"])  # (B, P, 2)

@@ -116,7 +116,7 @@ def raw_batch(dataset):
 
 @needs_triton
 def test_a_pretraining_step_never_reads_the_device(scenes, as_on_a_gpu, monkeypatch):
-    def match(alpha, beta, T, visible, method):  # the one thing that does, while the image encoder runs
+    def match(alpha, beta, T, visible, method):  # the one thing that does, while both encoders run
         B, P, _ = alpha.shape
         place = lambda *shape: torch.empty(shape, dtype=torch.long, device="meta")
         return lambda: (place(B, P), torch.empty(B, P, device="meta"), place(B * P - 5))

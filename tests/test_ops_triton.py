@@ -20,6 +20,7 @@ import ops_triton as ops
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if GPU else "cpu"
+tl, pick = ops.tl, ops._pick  # kernels of the tests see names of this file
 PATHS = ["torch", "dense", pytest.param("triton", marks=needs_triton)]
 
 
@@ -143,14 +144,51 @@ def test_how_many_programs_share_a_cloud(monkeypatch):
     assert shared(1, 16384, 4096, 2048) == 1
 
 
+if ops.triton:
+
+    @ops.jit
+    def pick_of_two(distance, start, board, out):
+        """What the first of two programs picks in round out[0], when the other's word is on the board."""
+        n = tl.arange(0, 4)
+        picked = pick(tl.load(distance + n), start + n, board, 0, tl.load(out), 2)
+        tl.store(out, picked.to(tl.int64))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "start, mine, theirs, picked",
+    [
+        (0, [1.0, 3.0, 3.0, 2.0], (2.5, 6), 1),  # the first of equals
+        (0, [1.0, 3.0, 3.0, 2.0], (3.0, 6), 1),  # a tie: the lower index
+        (8, [1.0, 3.0, 3.0, 2.0], (3.0, 6), 6),
+        (0, [1.0, 3.0, 3.0, 2.0], (float("inf"), 131070), 131070),
+        (8, [-1.0] * 4, (0.0, 6), 6),  # padding alone
+        (0, [0.0, 0.0, -1.0, -1.0], (0.0, 131071), 0),  # the other has padding alone
+    ],
+)
+def test_two_programs_pick_one_point(start, mine, theirs, picked):
+    distance, index = theirs
+    bits = int(np.float32(distance).view(np.int32))
+    board = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    board[1, 1] = (3 << 48) | (bits << 17) | (ops.LAST_INDEX - index)
+    out = torch.tensor([3], device=DEVICE)
+    pick_of_two[(1,)](torch.tensor(mine, device=DEVICE), start, board, out)
+    assert out.tolist() == [picked]
+    assert int(board[1, 0]) >> 48 == 3 and board[0].tolist() == [0, 0]
+
+
+SHARED = [(1, 16385, 700), (16, 5000, 300), (40, 6000, 60), (3, 40000, 100), (1, 131071, 40), (1, 32768, 32767)]
+
+
 @needs_gpu[1]
-@pytest.mark.parametrize("B, N, m", [(1, 16385, 700), (16, 5000, 300), (40, 4099, 60), (3, 40000, 100)])
+@pytest.mark.parametrize("B, N, m", SHARED)
 def test_programs_that_share_a_cloud_agree(B, N, m):
     """Ties across programs, padding that fills the last of them, more picks than places."""
     cloud = torch.randn(B, N, 3, generator=torch.Generator().manual_seed(N))
     cloud[:, N // 2 :] = cloud[:, : N - N // 2].clone()
     cloud[-1] = cloud[-1, torch.arange(N) % 50]
-    for points in (cloud, torch.cat([cloud, 0.1 * cloud.repeat(1, 1, 5)], 2)):
+    assert ops._parts(cloud.to(DEVICE), m, 2048) > 1
+    for points in (cloud, torch.cat([cloud, 0.1 * cloud.repeat(1, 1, 5)], 2))[: 1 if m > 9999 else 2]:
         assert furthest("triton", points, m).equal(furthest("torch", points, m))
 
 
@@ -212,6 +250,13 @@ def test_ball_query_on_the_radius_itself(radius, path):
     center = torch.zeros(1, 1, 3)
     assert ball(path, torch.from_numpy(points), center, radius, 5).tolist() == [[[0, 1, 4, 5, 0]]]
     assert ball(path, torch.from_numpy(points), center, 2 * radius, 8, radius).tolist() == [[[0, 2, 3, 4, 6, 7, 0, 0]]]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_point_at_distance_0_counts_whatever_the_radius(path):
+    cloud = torch.arange(8.0).repeat(3, 1).T[None].contiguous()
+    cloud[0, 7] = cloud[0, 3]
+    assert ball(path, cloud, cloud[:, 3:4], 1e-30, 3).tolist() == [[[3, 7, 3]]]  # the radius' square is 0
 
 
 @pytest.mark.parametrize("path", PATHS)

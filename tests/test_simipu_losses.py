@@ -306,6 +306,21 @@ def test_temperature_and_matching_do_what_they_say(view, base):
     assert greedy["inter"].item() == pytest.approx(base.stats["inter"].item(), abs=1e-4)
 
 
+def test_matching_begins_before_places_are_described(view, monkeypatch):
+    """Or threads would have less than both encoders' time to match in."""
+    model, order = build(tiny()), []
+
+    def noted(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (order.append(name), function(*args))[1])
+
+    noted(model, "match")
+    noted(model.pts_backbone, "describe")
+    noted(model.img_backbone, "forward")
+    model(view)
+    assert order == ["match", "describe", "forward"]
+
+
 def shapes_outside_point_encoder(model):
     return {n: p.shape for n, p in model.named_parameters() if not n.startswith("pts_backbone.SA_modules")}
 
