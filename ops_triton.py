@@ -245,7 +245,7 @@ def _furthest_kernel(xyz, board, out, N, m, BLOCK: tl.constexpr, PARTS: tl.const
 def _pick(distance, n, board, part, i, PARTS: tl.constexpr):
     bits = distance.to(tl.int32, bitcast=True)
     top = tl.max(bits, axis=0)
-    first = tl.min(tl.where(bits == top, n, 131071), axis=0)
+    first = tl.min(tl.where(bits == top, n, 2147483647), axis=0)
     if PARTS > 1:
         row = board + (i % 2) * PARTS
         word = (tl.maximum(top, 0).to(tl.int64) << 17) | (131071 - first).to(tl.int64)

@@ -131,6 +131,15 @@ def test_furthest_point_sample_as_in_mmdetection3d(path):
     assert furthest(path, F.pad(MMDET_CLOUDS, (0, 2)), 3).tolist() == expected  # two channels that are always 0
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_cloud_that_the_board_has_no_numbers_for(path):
+    """More points than LAST_INDEX: one program has them all, and its picks may be any of them."""
+    cloud = torch.zeros(1, ops.LAST_INDEX + 300, 3)
+    cloud[0, -7, 0], cloud[0, 5, 1] = 2.0, 1.0
+    for points in (cloud, F.pad(cloud, (0, 1))):
+        assert furthest(path, points, 3).tolist() == [[0, cloud.shape[1] - 7, 5]]
+
+
 def test_how_many_programs_share_a_cloud(monkeypatch):
     """All of them run at the same time, with enough points each and numbers that fit into the board's words."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
