@@ -4,6 +4,8 @@ Image encoders give maps, and say where a pixel lies in them (`cells`). Paramete
 ResNets, and of the official release for the point encoder, so that their checkpoints load.
 """
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -108,11 +110,25 @@ class ResNet(nn.Module):
         return maps
 
 
-def first_stage(encoder):
-    """The parts of a ResNet that detectors leave as they are with --freeze. Raises BadInput for another encoder."""
-    if not hasattr(encoder, "layer1"):
-        raise BadInput("--freeze: of ResNets alone; give --no-freeze")
-    return encoder.conv1, encoder.bn1, encoder.layer1
+Freeze = Literal["none", "first", "all"]
+
+
+def freeze_parts(encoder, freeze):
+    """Parts of an encoder that fine-tuning leaves as they are: their weights learn no more. -> these parts, which the
+    network's train() must put into eval mode, for their statistics to stay, too.
+
+    freeze: none; first, a ResNet's first stage and what comes before it (mmdetection's frozen_stages=1); or all. Raises
+    BadInput for anything else, and for the first stage of another encoder.
+    """
+    names = {"none": (), "first": ("conv1", "bn1", "layer1"), "all": ("",)}
+    if freeze not in names:
+        raise BadInput(f"--freeze {freeze}: expected {', '.join(names)}")
+    if freeze == "first" and not hasattr(encoder, "layer1"):
+        raise BadInput("--freeze first: of ResNets alone; give none or all")
+    parts = tuple(encoder.get_submodule(name) for name in names[freeze])
+    for part in parts:
+        part.requires_grad_(False)
+    return parts
 
 
 def build_image_encoder(name, deformable=()):

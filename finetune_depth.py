@@ -120,8 +120,9 @@ class Config:
     """How that file's pixels were normalised, where it does not say."""
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
-    freeze: bool = False
-    """Leave the image encoder as it is, statistics included: what does it know by itself?"""
+    freeze: encoders.Freeze = "none"
+    """What of the image encoder stays as it is, statistics included: none, its first stage, or all of it: what does it
+    know by itself?"""
     decoder_width: int = 0
     """Channels of the decoder at its deepest, halved at each of the four levels after it. 0: as many as the encoder has
     there (2048 for ResNet-50, as in the toolbox).
@@ -273,12 +274,12 @@ class DepthNet(nn.Module):
             wanted = "the decoder wants five, of strides 2 to 32"
             raise BadInput(f"--image-encoder {c.image_encoder}: has {maps} maps; {wanted}")
         self.decode_head = DenseDepth(self.backbone.map_channels, c.decoder_width)
-        self.freeze = c.freeze
-        self.backbone.requires_grad_(not c.freeze)
+        self.frozen = encoders.freeze_parts(self.backbone, c.freeze)
 
     def train(self, mode=True):
         super().train(mode)
-        self.backbone.train(mode and not self.freeze)
+        for part in self.frozen:
+            part.eval()
         return self
 
     def depth(self, image):

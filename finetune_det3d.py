@@ -123,9 +123,9 @@ class Config:
     Train on from those: their anchors, spread evenly over the range, lie up to .4 m from ours, which sit on cells."""
     image_encoder: str = "resnet50"
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
-    freeze: bool = True
-    """Leave the encoder's first stage as it is, statistics included. From scratch this freezes random filters, as the
-    release's configuration does."""
+    freeze: encoders.Freeze = "first"
+    """What of the image encoder stays as it is, statistics included: none, its first stage, or all of it. From scratch
+    this freezes random filters, as the release's configuration does."""
     fpn: int = 256
     """Channels of the feature pyramid."""
     fusion: int = 128
@@ -196,7 +196,7 @@ PRESETS = {
             name="det3d_demo", data_root=("data/synthetic",), synthetic_frames=64, workers=1, max_points=8192,
             rotation=10.0, translation=0.1, image_scale=(320, 96),
             point_range=(0.0, -25.6, -3.0, 51.2, 25.6, 1.0), voxel=(0.1, 0.1, 0.1),
-            image_encoder="resnet18", freeze=False, fpn=32, fusion=32, vfe=32, sparse=(16, 16, 32, 32, 64),
+            image_encoder="resnet18", freeze="none", fpn=32, fusion=32, vfe=32, sparse=(16, 16, 32, 32, 64),
             second=(64, 128), second_layers=2, upsample=(2, 4), neck=64, norm_momentum=0.1,
             batch_size=4, max_steps=260, lr=4e-3, image_lr=4e-3, image_optimizer="adamw", warm_up=78, clip=10.0,
             log_every=5, save_every=65,
@@ -376,13 +376,14 @@ class Detector(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.layout, self.freeze = Layout(c), c.freeze and c.image
+        self.layout = Layout(c)
         self.protocol = self.layout.protocol
-        levels = 0
+        self.frozen, levels = (), 0
         if c.image:
             self.img_backbone = encoders.build_image_encoder(c.image_encoder)
             if len(self.img_backbone.map_channels) != 5:
                 raise BadInput(f"--image-encoder {c.image_encoder}: the pyramid wants five maps, of strides 2 to 32")
+            self.frozen = encoders.freeze_parts(self.img_backbone, c.freeze)
             self.img_neck = encoders.FPN(self.img_backbone.map_channels[1:], c.fpn)
             levels = 5
         self.pts_voxel_encoder = DynamicVFE(c, self.layout, levels)
@@ -391,18 +392,14 @@ class Detector(nn.Module):
         self.pts_neck = SECONDFPN(c)
         self.pts_bbox_head = Anchor3DHead(2 * c.neck, len(self.protocol.anchors))
         self.register_buffer("anchors", anchor_grid(self.layout), persistent=False)  # (Y, X, classes, yaws, 7)
-        if self.freeze:
-            for part in encoders.first_stage(self.img_backbone):
-                part.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 module.to(memory_format=torch.channels_last)  # faster, on CPUs too
 
     def train(self, mode=True):
         super().train(mode)
-        if self.freeze:
-            for part in encoders.first_stage(self.img_backbone):
-                part.eval()  # statistics, too
+        for part in self.frozen:
+            part.eval()
         return self
 
     def answers(self, batch):

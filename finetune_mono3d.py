@@ -98,9 +98,9 @@ class Config:
     """resnet18, 34, 50, 101, or timm:NAME when timm is installed."""
     deformable: bool = True
     """Deformable convolutions in stages 3 and 4 of a ResNet, and in the last one that each half of the head shares."""
-    freeze: bool = True
-    """Leave the encoder's first stage as it is, statistics included. From scratch this freezes random filters, as the
-    release's configuration does."""
+    freeze: encoders.Freeze = "first"
+    """What of the image encoder stays as it is, statistics included: none, its first stage, or all of it. From scratch
+    this freezes random filters, as the release's configuration does."""
     width: int = 256
     """Channels of the feature pyramid and of the head, a multiple of 32."""
     centre_width: int = 64
@@ -156,7 +156,7 @@ PRESETS = {
         "Built-in scenes, ResNet-18, minutes on two CPU cores.",
         Config(
             name="mono3d_demo", dataset="kitti", data_root=("data/synthetic",), synthetic_frames=64, workers=1,
-            image_scale=(320, 96), image_encoder="resnet18", deformable=False, freeze=False, width=64,
+            image_scale=(320, 96), image_encoder="resnet18", deformable=False, freeze="none", width=64,
             ranges=(32.0, 64.0, 128.0, 256.0), first_depth=20.0, batch_size=4, group=4, max_steps=720,
             optimizer="adamw", lr=1e-3, warm_up=18, clip=10.0, log_every=10, save_every=120,
         ),
@@ -288,24 +288,21 @@ class FCOS3D(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.freeze, self.ranges = c.freeze, c.ranges
+        self.ranges = c.ranges
         self.backbone = encoders.build_image_encoder(c.image_encoder, (3, 4) if c.deformable else ())
         if len(self.backbone.map_channels) != 5:
             raise BadInput(f"--image-encoder {c.image_encoder}: the pyramid wants five maps, of strides 2 to 32")
+        self.frozen = encoders.freeze_parts(self.backbone, c.freeze)
         self.neck = encoders.FPN(self.backbone.map_channels[2:], c.width, further=2)
         self.bbox_head = FCOSMono3DHead(c)
-        if self.freeze:
-            for part in encoders.first_stage(self.backbone):
-                part.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # faster, on CPUs too
 
     def train(self, mode=True):
         super().train(mode)
-        if self.freeze:
-            for part in encoders.first_stage(self.backbone):
-                part.eval()  # statistics, too
+        for part in self.frozen:
+            part.eval()
         return self
 
     def answers(self, batch):

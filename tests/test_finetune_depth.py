@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import data
+import encoders
 import eval_depth
+from files import BadInput
 from finetune_depth import Config, DenseDepth, DepthNet, build_optimizer, one_cycle, sig_loss
 
 RESNET50 = (64, 256, 512, 1024, 2048)
@@ -114,8 +116,8 @@ def test_any_size_and_float32_metres_under_autocast():
     assert stats["abs_rel"] > 0
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_a_frozen_encoder_stays_and_the_decoder_learns(freeze):
+@pytest.mark.parametrize("freeze", ["none", "first", "all"])
+def test_what_is_frozen_stays_and_all_else_learns(freeze):
     c = Config(image_encoder="resnet18", decoder_width=32, freeze=freeze)
     model = DepthNet(c).train()
     optimizer = build_optimizer(model, c)
@@ -124,9 +126,14 @@ def test_a_frozen_encoder_stays_and_the_decoder_learns(freeze):
     loss.backward()
     optimizer.step()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    own = {name for name in before if name.startswith("backbone.")}
-    assert moved >= before.keys() - own
-    assert moved.isdisjoint(own) if freeze else moved == before.keys()
+    frozen = {"none": (), "first": ("backbone.conv1.", "backbone.bn1.", "backbone.layer1."), "all": ("backbone.",)}
+    assert moved == {name for name in before if not name.startswith(frozen[freeze])}
+
+
+@pytest.mark.parametrize("freeze, said", [("first", "of ResNets alone"), (True, "--freeze True: expected none, first")])
+def test_freezing_what_is_not_there(freeze, said):
+    with pytest.raises(BadInput, match=said):
+        encoders.freeze_parts(torch.nn.Conv2d(1, 1, 1), freeze)
 
 
 # -----------------------------------------------------------------------------
