@@ -159,7 +159,7 @@ def assign(anchors, boxes, classes, protocol):
         owners.append(torch.where(claim >= 0, claimant, owner))
         labels.append(torch.where(claim >= 0, k, label))
     label, owner = (torch.stack(parts, 3).flatten(1) for parts in (labels, owners))  # (B, A)
-    return {"classes": label, "boxes": boxes.gather(1, owner[..., None].expand(-1, -1, 7))}
+    return {"classes": label, "boxes": torch.take_along_dim(boxes, owner[..., None], 1)}
 
 
 def grid_overlap(anchors, boxes):
@@ -222,7 +222,7 @@ def select(scores, codes, directions, anchors, protocol):
     scores = scores.sigmoid()
     above = (scores.amax(2) > MIN_SCORE).sum(1).max()
     top = scores.amax(2).topk(min(protocol.before_nms, max(1, int(above)))).indices  # (B, K)
-    pick = lambda x: x.gather(1, top[..., None].expand(-1, -1, x.shape[2]))
+    pick = lambda x: torch.take_along_dim(x, top[..., None], 1)
     scores, boxes = pick(scores), decode(pick(codes), anchors[top])
     half_turns = pick(directions).argmax(2)
     start = protocol.direction
@@ -234,4 +234,4 @@ def select(scores, codes, directions, anchors, protocol):
     final = (by_class.masked_fill(~kept, 0.0)).flatten(1)  # (B, 3 K)
     best, at = final.topk(min(protocol.after_nms, final.shape[1]))
     classes, rows = at // by_class.shape[2], at % by_class.shape[2]
-    return boxes.gather(1, rows[..., None].expand(-1, -1, 7)), best, classes
+    return torch.take_along_dim(boxes, rows[..., None], 1), best, classes

@@ -142,28 +142,16 @@ def one_after_another(parts):
 def bench_detection(meter, frames, c):
     """Sparse convolution on the voxels of these frames, and boxes on their points. c: finetune_det3d.Config."""
     layout = data_det3d.Layout(c)
-    clouds = [data_det3d.move(unlabelled(frame), np.eye(4), layout)["points"] for frame in frames]
-    found = [data_det3d.voxels(points, layout) for points in clouds]
-    per_stage = zip(layout.grids, zip(*(voxels["keys"] for voxels in found)))
-    stages = [ops_sparse.batch_keys(keys, grid).to(meter.device) for grid, keys in per_stage]
-    levels = ops_sparse.pyramid(stages, layout.grid, layout.windows)
-    before = np.cumsum([0, *(len(voxels["keys"][0]) for voxels in found)])
-    rows = torch.cat([voxels["rows"] + int(start) for voxels, start in zip(found, before)])
-    points = torch.from_numpy(np.concatenate(clouds)).to(meter.device)
-    batch = {"points": points, "rows": rows.to(meter.device), "levels": levels}
+    samples = []
+    for i, frame in enumerate(frames):
+        sample = data_det3d.move(data_det3d.read_scene(frame, labelled=False), np.eye(4), layout)
+        sample |= data_det3d.voxels(sample["points"], layout)
+        samples.append(sample | {"flip": False, "window": data_det3d.WHOLE, "index": i})
+    batch = data_det3d.augment(data_det3d.collate(layout, samples), c.image_scale[:2], layout, meter.device)
 
-    bench_tables(meter, stages[0], layout)
+    bench_tables(meter, batch["levels"][0].keys, layout)
     bench_sparse_encoder(meter, batch, layout, c, len(frames))
-    bench_boxes(meter, points)
-
-
-def unlabelled(frame):
-    """A frame, labelled or not, as a data_det3d.Scene without objects."""
-    image, points, lidar2img = frame.read_image(), frame.read_points(), frame.lidar2img()
-    uv, depth = data.project(points.astype(np.float64), lidar2img)
-    points = points[data.inside_image(uv, depth, image.shape[1], image.shape[0])]
-    nothing = np.zeros((0, 7)), np.zeros(0, np.int64), np.zeros((0, 4))
-    return data_det3d.Scene(image, points, lidar2img, *nothing)
+    bench_boxes(meter, batch["points"])
 
 
 def bench_tables(meter, keys, layout):

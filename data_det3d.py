@@ -1,8 +1,8 @@
 """Labelled frames for 3D detection, and MoCA: objects pasted from other frames, with their points and their pixels.
 
-MoCA (Zhang et al. 2020, as the official release has it): a bank holds every labelled object of the training frames, the
-points in its box and the pixels in its rectangle. A frame gets some of them, where they collide with nothing, and all
-objects are drawn far to near, the frame's own among them.
+MoCA (Zhang et al. 2020, as the official release has it): a bank holds the cars, pedestrians and cyclists of the
+training frames that are seen well enough, with the points in the box of each and the pixels in its rectangle. A frame
+gets some of them, where they collide with nothing, and all objects are drawn far to near, the frame's own among them.
 
 Loading processes do what needs the points: read, paste, move the cloud by one similarity T, cut it to the range, find
 the voxels of every stage. The device augments images, as in pre-training: lidar2img holds T^-1, so that a moved point
@@ -34,7 +34,8 @@ LEAST_POINTS = {"Car": 5, "Pedestrian": 10, "Cyclist": 10}  # of an object that 
 OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # the share of a patch that any other object may have too; drawn per class (release)
 NEAR = 0.5  # metres before a camera: nearer corners of a box have no pixel to speak of
 HARD = (25, 2, 0.5)  # height above, occlusion and truncation at most: KITTI's "hard"; what is harder is not pasted
-BEAMS = np.r_[np.linspace(-24.8, -8.83, 32), np.linspace(-8.33, 2, 32)]  # degrees: rows of a Velodyne HDL-64E
+ROWS = (8, 256)  # of a LiDAR, at least and at most
+WHOLE = np.array([0.0, 0.0, 1.0])  # the window of an image that is shown (data.image_affine): all of it
 
 
 # -----------------------------------------------------------------------------
@@ -84,20 +85,23 @@ class Scene:
     names: tuple = CLASSES
 
 
-def read_scene(frame, keep_rows=1, protocol=KITTI, columns=4):
-    """A frame, with its labels but for those of testing/ -> Scene.
+def read_scene(frame, keep_rows=1, protocol=KITTI, columns=4, labelled=True):
+    """A frame -> Scene, with its objects if it is to be `labelled`; nobody has those of testing/.
 
     keep_rows: only every n-th row of the LiDAR. columns: numbers of a point.
     Raises BadInput, which names the file.
     """
     image, points, lidar2img = frame.read_image(), frame.read_points(columns), frame.lidar2img()
+    if keep_rows > 1:  # before the sweep is cut: its order tells the rows
+        rows = lidar_rows(points)
+        if not ROWS[0] <= rows[0] + 1 <= ROWS[1]:
+            raise BadInput(f"{frame.cloud}: does not lie row by row, as KITTI's sweeps do; leave out --keep-rows")
+        points = points[rows % keep_rows == 0]
     if protocol.in_view:
         uv, depth = data.project(points.astype(np.float64), lidar2img)
         points = points[data.inside_image(uv, depth, image.shape[1], image.shape[0])]
-    if keep_rows > 1:
-        points = points[lidar_rows(points) % keep_rows == 0]
     types, numbers = np.zeros(0, "U1"), np.zeros((0, 14))
-    if not frame.name.startswith("testing/"):  # whose labels nobody has
+    if labelled and not frame.name.startswith("testing/"):
         types, numbers = data_kitti.read_labels(frame.label)
     _, velo2cam = data_kitti.split_projection(frame)
     boxes = ops_boxes.label_to_box(numbers[:, 7:14], velo2cam)
@@ -107,9 +111,20 @@ def read_scene(frame, keep_rows=1, protocol=KITTI, columns=4):
 
 
 def lidar_rows(points):
-    """Which of the sensor's rows each of points (N, 3+) is from, by its elevation: (N,) int64, the lowest is 0."""
-    elevation = np.degrees(np.arctan2(points[:, 2], np.linalg.norm(points[:, :2], axis=1)))
-    return np.searchsorted((BEAMS[1:] + BEAMS[:-1]) / 2, elevation)
+    """Which of the sensor's rows each of points (N, 3+) is from: (N,) int64, the lowest is 0.
+
+    By their order, as KITTI's files have it: rows from the highest to the lowest, each from right to left. A whole
+    sweep begins each row straight ahead; a cut one, as the built-in scenes are, may begin it at its right border.
+    Angles alone do not tell rows apart: a sensor's lasers are mounted some centimetres from each other.
+    """
+    bearing = np.arctan2(points[:, 1], points[:, 0])
+    elevation = np.arctan2(points[:, 2], np.hypot(points[:, 0], points[:, 1]))
+    ahead = (bearing[:-1] < 0) & (bearing[1:] >= 0)
+    border = np.diff(bearing) < -0.5  # radians: from left to right, or past what lies straight behind
+    falls = np.diff(elevation) < -0.001  # to the next row; within a row this is as rare as a rise
+    share = lambda at: falls[at].mean() if at.any() else 0.0
+    begins = ahead if share(ahead) > share(border) else border
+    return np.append(begins[::-1].cumsum()[::-1], 0)
 
 
 def find_frames(roots, splits, skip_missing=False):
@@ -263,7 +278,7 @@ def open_bank(frames, folder, keep_rows, run):
     """
     path = Path(folder) / f"objects_{data.fingerprint([*inventory(frames), str(keep_rows)])}.bin"
     if run.main and not _is_whole(path):
-        new = [place for place in (path.parent, path.parent.parent) if not place.exists()]
+        new = [place for place in path.parents if not place.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_bank(frames, path, keep_rows)
@@ -306,7 +321,7 @@ def paste(scene, bank, rng, limits=PASTED):
         for i in candidates:
             box = bank.entries["box"][i]
             rect = target_rect(bank.entries[i], scene.lidar2img)
-            if rect is None or outside(rect, width, height) or collides(box, boxes) or covers(rect, rects, share):
+            if rect is None or outside(rect, width, height) or collides(box, boxes) or shares(rect, rects, share):
                 continue
             boxes.append(box)
             classes.append(k)
@@ -352,7 +367,7 @@ def collides(box, boxes):
     return bool((ops_boxes.bev_intersection(box[None], np.array(boxes)) > 1e-6).any())
 
 
-def covers(rect, rects, share):
+def shares(rect, rects, share):
     """Whether a patch has more than this share of its own area in common with any of the other rectangles."""
     if not rects:
         return False
@@ -413,13 +428,14 @@ class DetectionFrames(torch.utils.data.Dataset):
         sample = move(scene, T, self.layout)
         count = len(sample["points"])
         if count < data.MIN_POINTS:
-            return BadInput(data.too_few_in_view(self.frames[index], count))
+            frame, seen = self.frames[index], " in the camera's view" if self.layout.protocol.in_view else ""
+            there = f"{count} of its {len(scene.points)} points{seen} lie within --point-range"
+            why = f"fewer than {data.MIN_POINTS}; wrong range, or wrong calibration ({frame.calib[0]})?"
+            return BadInput(f"{frame.cloud}: {there}, {why}")
         if c.max_points and count > c.max_points:
             chosen = np.sort(rng.choice(count, c.max_points, replace=False))
             sample["points"] = sample["points"][chosen]
-        whole = np.array([0.0, 0.0, 1.0])  # the window of the image that is shown
-        sample |= {"flip": flip, "window": whole, "index": index}
-        return sample | voxels(sample["points"], self.layout)
+        return sample | voxels(sample["points"], self.layout) | {"flip": flip, "window": WHOLE, "index": index}
 
 
 def move(scene, T, layout):

@@ -492,6 +492,7 @@ class PointEncoder(nn.Module):
         can be matched while they are described.
         """
         P, xyz = self.places, points[..., :3].contiguous()
+        rows_at = lambda rows, index: torch.take_along_dim(rows, index[..., None], 1)
         first = rows_at(xyz, ops.furthest_point_sample(xyz, 4 * P))  # (B, 4P, 3)
         features = self.stage(0, xyz, self.seen_of(points), first)
         by_feature = ops.furthest_point_sample_features(first, features.detach().float(), P)
@@ -509,11 +510,6 @@ class PointEncoder(nn.Module):
     def stage(self, i, xyz, features, centers):
         """One set abstraction and its aggregation: (B, N, 3), (B, N, C), (B, M, 3) -> (B, M, C')."""
         return self.aggregation_mlps[i](self.SA_modules[i](xyz, features, centers))
-
-
-def rows_at(rows, index):
-    """rows (B, N, C), index (B, M) -> (B, M, C)."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
 class ProjectionHead(nn.Module):

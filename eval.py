@@ -564,6 +564,8 @@ def det3d(
         raise BadInput(f"--protocol {protocol}: folders of result files are KITTI's, files of Objects are Waymo's")
     if is_objects and (frames or save):
         raise BadInput(f"{source}: a file of predictions; --frames and --save are for detectors")
+    if is_folder and save:
+        raise BadInput(f"{source}: a folder of result files; --save is for detectors")
     if is_objects:
         found, lines = judge_objects(source, truth, data_root, splits or ("val",), skip_missing)
     elif is_folder:
@@ -579,6 +581,8 @@ def det3d(
         eval_boxes.check_frames(chosen, c, chosen if labelled else ())
         if not (labelled or save):
             raise BadInput("--splits test: has no labels to judge by; --save writes what is found there")
+        if save:
+            eval_boxes.check_numbers(chosen)
         for note in seen_before(source, data.inventory(chosen), trained_on):
             print(note)
         found, lines = judge_detector(model, chosen, c, run, save, drawn, labelled)
@@ -612,23 +616,22 @@ def judge_objects(source, truth, roots, splits, skip_missing):
 
 
 def judge_results(folder, roots, splits, limit, skip_missing):
-    """A folder of KITTI's result files -> figures, lines of text."""
+    """A folder of KITTI's result files -> figures, lines of text. Frames that have none are not judged."""
     if not roots:
         raise BadInput(f"{folder}: a folder of result files; --data-root must say of what")
     chosen = frames_to_detect(roots, splits, limit, skip_missing)
-    results = find_results(folder, chosen)
-    found = eval_boxes.evaluate([data_kitti.read_labels(f.label, dont_care=True) for f in chosen], results)
-    judged = sum(result is not None for result in results)
-    return found, eval_boxes.table(found, judged, eval_boxes.is_standard(chosen))
-
-
-def find_results(folder, frames):
-    """Result files of frames in a folder, by the frames' numbers -> results, None for frames that have no file."""
+    eval_boxes.check_numbers(chosen)
     files = {path.stem: path for path in folder.glob("*.txt") if not path.name.startswith(".")}
-    found = [files.get(frame.cloud.stem) for frame in frames]
-    if not any(found):
-        raise BadInput(f"{folder}: no result file of the {len(frames)} frames, such as {frames[0].cloud.stem}.txt")
-    return [eval_boxes.read_results(path) if path else None for path in found]
+    judged = [frame for frame in chosen if frame.cloud.stem in files]
+    if not judged:
+        raise BadInput(f"{folder}: no result file of the {len(chosen)} frames, such as {chosen[0].cloud.stem}.txt")
+    results = [eval_boxes.read_results(files[frame.cloud.stem]) for frame in judged]
+    rules = eval_boxes.RULES["kitti"]
+    found = rules.evaluate(judged, results)
+    lines = rules.table(found, judged)
+    if len(judged) < len(chosen):
+        lines.append(f"{len(chosen) - len(judged)} of the {len(chosen)} frames have no result file, and are not judged")
+    return found, lines
 
 
 def judge_detector(model, frames, c, run, save, drawn, labelled):

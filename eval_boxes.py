@@ -2,7 +2,7 @@
 
     truths = [(types, numbers), ...]        one a frame, all that its label file has, DontCare included
     results = [read_results(path), ...]     one a frame; None where there is no file: that frame is not evaluated
-    lines = table(evaluate(truths, results), len(results))
+    lines = table(evaluate(truths, results), number of frames that are)
 
 types (n,) are KITTI's names. numbers (n, 14) are the label file's columns behind the type: truncated, occluded, alpha;
 left, top, right, bottom, pixels; h, w, l, metres; x, y, z of the bottom's middle in the rectified camera, metres; ry.
@@ -39,7 +39,7 @@ from anchors import PROTOCOLS
 from files import BadInput, unless_bad, writing
 
 TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")  # what may be detected
-CLASSES = ("Car", "Pedestrian", "Cyclist")
+JUDGED = ("Car", "Pedestrian", "Cyclist")  # in the order of tables; a detector's is data_det3d.CLASSES
 NEIGHBOURS = {"Car": "Van", "Pedestrian": "Person_sitting"}  # neither asked for nor counted as false
 MIN_HEIGHT, MAX_OCCLUDED, MAX_TRUNCATED = (40, 25, 25), (0, 1, 2), (0.15, 0.3, 0.5)  # easy, moderate, hard
 STRICT = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}  # a detection's overlap must be above
@@ -275,7 +275,7 @@ def _rising(values):
     return np.maximum.accumulate(curve[::-1])[::-1]
 
 
-def curves(truths, results, classes=CLASSES):
+def curves(truths, results, classes=JUDGED):
     """Precision over recall: -> {class: {"n": (3,) objects that count, one of TITLES: (3, 41)}}, easy, moderate, hard
     by recall 0, 1/40 .. 1. Arguments, errors, and when "aos" is None: as `evaluate`."""
     s = _collect(truths, results)
@@ -295,7 +295,7 @@ def _averages(curve):
     return {"AP40": (100 * curve[:, 1:].mean(1)).tolist(), "AP11": (100 * curve[:, ::4].mean(1)).tolist()}
 
 
-def evaluate(truths, results, classes=CLASSES):
+def evaluate(truths, results, classes=JUDGED):
     """KITTI's figures in percent. truths, results: as above, frame by frame.
 
     -> {class: {"n": [easy, moderate, hard], one of TITLES: {"AP40": [easy, moderate, hard], "AP11": the same}},
@@ -365,6 +365,16 @@ VAL_SPLIT = "94a5da87d7a4f0ea"  # data.fingerprint of the sorted names of the 37
 def is_standard(frames):
     """Whether these are KITTI's val split (Chen et al. 2015), which published figures are of."""
     return data.fingerprint(sorted(f.name for f in frames)) == VAL_SPLIT
+
+
+def check_numbers(frames):
+    """Raises BadInput for frames of several folders that one result file would be of: files are named by number."""
+    named = {}
+    for frame in frames:
+        other = named.setdefault(frame.cloud.stem, frame)
+        if other is not frame:
+            why = f"a result file {frame.cloud.stem}.txt would be of both; give one folder at a time"
+            raise BadInput(f"{other.cloud} and {frame.cloud}: {why}")
 
 
 def judging_box(c):
@@ -466,7 +476,7 @@ RULES = {
         _kitti_figures,
         lambda figures, frames: table(figures, len(frames), is_standard(frames)),
         _kitti_files,
-        lambda figures: {name: figures[name]["3d loose"]["AP40"][1] for name in CLASSES},
+        lambda figures: {name: figures[name]["3d loose"]["AP40"][1] for name in JUDGED},
         "3D AP40, loose, moderate, %",
     ),
     "waymo": Rules(

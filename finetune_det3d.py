@@ -79,7 +79,8 @@ class Config:
     labels: float = 1.0
     """Share of the training frames that is used, evenly spread: how much annotation does pre-training save?"""
     keep_rows: int = 1
-    """Only every n-th row of the LiDAR: a cheaper sensor, for which the image matters more."""
+    """Only every n-th row of the LiDAR: a cheaper sensor, for which the image matters more. Sweeps must lie row by row,
+    as KITTI's do and the built-in scenes'."""
     max_points: int = 0
     """Draw so many of a frame's points, if it has more; 0 for all."""
     elongation: bool = False
@@ -107,7 +108,7 @@ class Config:
     384 here, as in the release."""
     # ---- network ----
     point_range: tuple[float, float, float, float, float, float] = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
-    """Metres in the LiDAR's frame: x, y, z minima, then maxima. Multiples of eight voxels in x and y."""
+    """Metres in the LiDAR's frame: x, y, z minima, then maxima. Multiples of 16 voxels along x and y."""
     voxel: tuple[float, float, float] = (0.05, 0.05, 0.1)
     """Metres."""
     image: bool = True
@@ -487,7 +488,7 @@ def check_config(c, world):
     whole = all(abs(n - round(n)) < 1e-3 for n in cells)
     enough = min(cells) >= 16 and cells[2] >= 24  # above, the encoder's last stage would have no cell left
     if not (whole and enough and round(cells[0]) % 16 == 0 and round(cells[1]) % 16 == 0):
-        wanted = "must be whole voxels, sixteens of them in x and y, 24 or more in z"
+        wanted = "must be whole voxels: a multiple of 16 along x and y, 24 or more along z"
         raise BadInput(f"--point-range {' '.join(map(str, c.point_range))}: {wanted}")
     data.check_image_scale(c.image_scale)
     if c.upsample[1] != 2 * c.upsample[0]:
@@ -510,14 +511,12 @@ def load_frames(c, run):
     that are not those of the protocol, or whose points lack a number."""
     synthetic.write_scenes(c, run)
     train, notes = runtime.main_first(run, lambda: data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing))
-    held_out, flag = [], "--eval-splits"
+    held_out, flag = [], runtime.held_out_flag(c)
     if c.eval_splits or c.eval_root:
-        roots = c.eval_root or c.data_root
-        rules = roots, c.eval_splits, c.skip_missing, flag, c.eval_frames
+        rules = c.eval_root or c.data_root, c.eval_splits, c.skip_missing, "--eval-splits", c.eval_frames
         held_out, more = runtime.main_first(run, lambda: data_det3d.pool_frames(*rules))
         notes += more
     eval_boxes.check_frames(train, c, held_out)
-    flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag)
     shared = data.shared_drives(train, held_out, flag)
     train = data.share_of(train, c.labels)
@@ -571,6 +570,8 @@ def train(c):
     identity = runtime.as_json(c, without=FREE) | {"group": group} | labelled | start
     judgement = (lambda: eval_boxes.judge(model, held_out, c, run)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, data.Names(frames), "det3d", judgement)
+    if isinstance(first := data_det3d.DetectionFrames(frames, c, model.layout)[0, 0], BadInput):
+        raise first  # before anything is written
     bank = data_det3d.open_bank(frames, loop.folder, c.keep_rows, run) if c.moca else None
     dataset = data_det3d.DetectionFrames(frames, c, model.layout, bank)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)

@@ -379,7 +379,7 @@ def assign(cells, batch):
     distance = away.square().sum(-1).sqrt()
     asked = near & ranged & (batch["kinds"] >= 0)[:, None]
     least, owner = distance.masked_fill(~asked, math.inf).min(2)  # (B, P)
-    pick = lambda x: x.gather(1, owner[..., None].expand(-1, -1, x.shape[2]))
+    pick = lambda x: torch.take_along_dim(x, owner[..., None], 1)
     boxes, centres = pick(boxes), pick(centres)
     positive = least < math.inf
     kinds, attributes = (batch[name].gather(1, owner) for name in ("kinds", "attributes"))
@@ -474,17 +474,17 @@ def select(said, cells, intrinsic):
         first += count
     rows = torch.cat(rows, 1)  # (B, R)
     classes = scores.shape[2]
-    scores = scores.gather(1, rows[..., None].expand(-1, -1, classes)).flatten(1)
+    scores = torch.take_along_dim(scores, rows[..., None], 1).flatten(1)
     most = int((scores > MIN_SCORE).sum(1).amax().clamp(1, BEFORE_NMS))
     scores, at = scores.topk(most)  # (B, K)
     kinds, rows = at % classes, rows.gather(1, at // classes)
-    picked = {name: x.gather(1, rows[..., None].expand(-1, -1, x.shape[2])) for name, x in said.items()}
+    picked = {name: torch.take_along_dim(x, rows[..., None], 1) for name, x in said.items()}
     boxes = decode(picked, cells.places[rows], cells.strides[rows], intrinsic)
     level = torch.tensor(data_mono3d.LEVEL, device=boxes.device)
     sure = scores.masked_fill(scores <= MIN_SCORE, -math.inf)
     kept = ops_boxes.nms(data_mono3d.from_camera(boxes, level), sure, NMS_OVERLAP, kinds)
     scores, order = scores.masked_fill(~kept, 0.0).topk(min(AFTER_NMS, most))
-    pick = lambda x: x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+    pick = lambda x: torch.take_along_dim(x, order[..., None], 1)
     found = {"boxes": pick(boxes), "scores": scores, "classes": kinds.gather(1, order)}
     if "velocity" in picked:
         found |= {"velocity": pick(picked["velocity"]), "attributes": pick(picked["attributes"]).argmax(2)}
@@ -545,12 +545,11 @@ def load_frames(c, run):
     """-> frames to train on, frames held out, notes to print. Raises BadInput as data_mono3d.pool_frames."""
     synthetic.write_scenes(c, run)
     train, notes = runtime.main_first(run, lambda: data_mono3d.pool_frames(c, c.data_root, c.splits))
-    held_out, flag = [], "--eval-splits"
+    held_out, flag = [], runtime.held_out_flag(c)
     if c.eval_splits or c.eval_root:
-        held_out, more = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits, flag)
+        held_out, more = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits, "--eval-splits")
         held_out = data_mono3d.few_samples(held_out, c.eval_frames)
         notes += more
-    flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag, data_mono3d.inventory)
     shared = data.shared_drives(train, held_out, flag)
     train = data.share_of(train, c.labels)

@@ -187,8 +187,8 @@ def half_sides(boxes):
 
 
 def nearest_bev_iou(a, b):
-    """`bev_iou` with every yaw rounded to a quarter turn, a tenth of the price -> (...). What anchors are given to
-    objects by."""
+    """`bev_iou` with every yaw rounded to a quarter turn, a tenth of the price -> (...). anchors.py gives anchors to
+    objects by it, in a form for grids."""
     xp = _library(a)
     (ax, ay), (bx, by) = half_sides(a), half_sides(b)
     x = xp.minimum(a[..., 0] + ax, b[..., 0] + bx) - xp.maximum(a[..., 0] - ax, b[..., 0] - bx)

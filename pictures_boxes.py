@@ -67,9 +67,11 @@ def draw_boxes(scene, boxes, scores, classes, path, title, shown=SHOWN):
     above.scatter(-scene.points[:, 1], scene.points[:, 0], s=0.6, c="0.6", linewidths=0)
     for box in truth:
         _draw_box(on_image, above, scene.lidar2img, box, LABELLED, "-")
-    for box, score, k in zip(boxes, scores, classes):
-        words = f"{scene.names[k]} {score:.2f}"
-        _draw_box(on_image, above, scene.lidar2img, box, FOUND, "--", words, rise=1.3 * (k % 3 - 1))
+    room = Room(width / 14)
+    for i in np.hypot(boxes[:, 0], boxes[:, 1]).argsort():  # the nearest first, whose words stay
+        said = f"{scene.names[classes[i]]} {scores[i]:.2f}"
+        rise = 1.3 * (classes[i] % 3 - 1)
+        _draw_box(on_image, above, scene.lidar2img, boxes[i], FOUND, "--", said, rise, room)
 
     colours = f"labelled boxes green, found ones (score above {shown}) red and dashed"
     top.suptitle(f"{title}: {colours}\n" + "\n".join(lines), fontsize=12)
@@ -84,16 +86,33 @@ def draw_boxes(scene, boxes, scores, classes, path, title, shown=SHOWN):
     return said
 
 
-def _draw_box(on_image, above, lidar2img, box, colour, dashes, said="", rise=0.0):
-    """One box in both pictures, with words beside it; seen from above they stand `rise` metres higher."""
+class Room:
+    """Room for words on an image. Those that would cover others are left out; seen from above all words stand."""
+
+    def __init__(self, inch):
+        self.wide, self.tall = 0.6 * inch, 0.15 * inch  # of a class and a score, in pixels, of which `inch` are an inch
+        self.taken = []
+
+    def take(self, left, top):
+        """Whether there is room at this pixel, which is then taken."""
+        if any(abs(left - x) < self.wide and abs(top - y) < self.tall for x, y in self.taken):
+            return False
+        self.taken.append((left, top))
+        return True
+
+
+def _draw_box(on_image, above, lidar2img, box, colour, dashes, said="", rise=0.0, room=None):
+    """One box in both pictures, with words beside it: seen from above `rise` metres higher, on the image where there is
+    room."""
     corners = ops_boxes.corners(box)  # (8, 3)
     uv, depth = data.project(corners, lidar2img)
     if depth.min() > 0.5:
         for path in (RING, *UPRIGHT):
             on_image.plot(*uv[path].T, dashes, c=colour, lw=1.4)
         left, top = uv.min(0)
+        left = left if uv[:, 0].max() < 0 else max(left, 0)  # words of a box that begins outside stand at the border
         paper = {"fc": "white", "alpha": 0.7, "pad": 0.8, "lw": 0}
-        if said:
+        if said and room.take(left, top):
             on_image.text(left, top - 3, said, color=colour, fontsize=8, va="bottom", bbox=paper, clip_on=True)
     ring = corners[RING[:5]]
     above.plot(-ring[:, 1], ring[:, 0], dashes, c=colour, lw=1.6)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from PIL import Image
+from test_finetune_det3d import SMALL as SMALL_DETECTOR
 from test_loop import SMALL
 
 import ablate
@@ -78,6 +79,27 @@ def test_ablation_of_depth(run_here, scenes, tmp_path):
         eigen = last["depth"]["eigen"]
         assert float(row[1].split()[0]) == pytest.approx(100 * eigen["abs_rel"], abs=0.051)
         assert float(row[3].split()[0]) == pytest.approx(eigen["rmse"], abs=0.0051)
+
+
+def test_ablation_of_detection(run_here, scenes, tmp_path):
+    """No image, and a start from scratch: AP40, moderate, of the runs' last lines, and how many objects there are."""
+    arguments = ["--task", "det3d", "--inits", "no-image", "none", "--labels", 1, "--seeds", 0, "--data-root", scenes]
+    status, out, err = run_here(ablate, *arguments, *SMALL_DETECTOR, "--max-steps", 1)
+    assert status == 0, err
+    rows = rows_of(out)
+    assert [row[0] for row in rows] == ["no-image, 1 of labels", "none, 1 of labels"]
+    for row, folder, image in zip(rows, ("no_image_1_of_labels", "none_1_of_labels"), (False, True)):
+        log = log_of(tmp_path / "out" / "ablation" / folder / "0")
+        assert log[0]["config"]["image"] == image
+        car = log[-1]["det3d"]["Car"]
+        assert float(row[2].split()[0]) == pytest.approx(car["3d loose"]["AP40"][1], abs=0.051)
+        assert row[5].split()[0] == str(car["n"][1]) and car["n"][1] > 0
+    figures = {"Car": {"3d loose": {"AP40": [1, 2.5, 4]}, "n": [1, 7, 9]}, "Pedestrian": {"3d loose": None}}
+    columns = ablate.TASKS["det3d"].columns
+    found = [
+        ablate.figure(figures, columns[name][0]) for name in ("Car 3D, loose", "objects: cars", "Cyclist 3D, loose")
+    ]
+    assert found == [2.5, 7, None]
 
 
 @pytest.mark.parametrize(

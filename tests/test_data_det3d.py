@@ -130,15 +130,46 @@ def test_points_find_their_pixels_in_the_augmented_image(frames, monkeypatch, fl
         assert (before > box[0] / 2) == bool(flip)  # mirrored, or not
 
 
-def test_rows_of_the_lidar(frames):
-    """The 64 beams as the sensor's data sheet has them: a third of a degree apart above, half a one below."""
-    elevation = np.deg2rad(np.r_[np.linspace(2, -8.33, 32), np.linspace(-8.83, -24.8, 32)])
-    for metres in (4.0, 30.0):
-        xyz = metres * np.stack([np.cos(elevation) * 0.8, np.cos(elevation) * 0.6, np.sin(elevation)], 1)
-        assert data_det3d.lidar_rows(xyz.round(3)).tolist() == list(range(63, -1, -1))
+@pytest.mark.parametrize("start, ends", [(0.0, 2 * np.pi), (-0.7, 0.7)])
+def test_rows_of_the_lidar(frames, tmp_path, start, ends):
+    """64 rows as files have them: whole from straight ahead, its view alone from there, a cut sweep from its border.
+    Lasers stand 20 cm apart, which mixes up the elevations of rows; every third echo is missing."""
+    rng = np.random.default_rng(0)
+    down = np.deg2rad(np.r_[np.linspace(2, -8.33, 32), np.linspace(-8.83, -24.8, 32)])[:, None]
+    bearing, metres = np.linspace(start, ends - 0.01, 200), rng.uniform(4, 30, (64, 200))
+    mount = 0.1 * np.sign(np.arange(64) - 31.5)[:, None]
+    xyz = np.stack([metres * np.cos(bearing), metres * np.sin(bearing), metres * np.tan(down) + mount], 2)
+    there = rng.random((64, 200)) > 0.3
+    there[:, ::199] = True
+    rows = np.broadcast_to(np.arange(63, -1, -1)[:, None], (64, 200))
+    view = np.abs(np.arctan2(xyz[..., 1], xyz[..., 0])) < 0.7
+    for kept in (there, there & view):
+        assert np.array_equal(data_det3d.lidar_rows(xyz[kept]), rows[kept])
     full, quarter = (data_det3d.read_scene(frames[0], keep_rows).points for keep_rows in (1, 4))
     assert 0.2 < len(quarter) / len(full) < 0.3
-    assert set(data_det3d.lidar_rows(quarter)) <= set(range(0, 64, 4)) and len(set(data_det3d.lidar_rows(full))) > 40
+    assert set(map(bytes, quarter)) < set(map(bytes, full))
+
+
+def test_a_sweep_that_is_in_no_order(frames, tmp_path):
+    cloud = tmp_path / "000000.bin"
+    points = np.fromfile(frames[0].cloud, np.float32).reshape(-1, 4)
+    np.random.default_rng(0).permutation(points).tofile(cloud)
+    with pytest.raises(BadInput, match=f"{cloud}: does not lie row by row"):
+        data_det3d.read_scene(dataclasses.replace(frames[0], cloud=cloud), 4)
+
+
+def test_rows_of_real_sweeps(kitti):
+    """A sensor of 64 rows, four of the frames whole; of a row's points none lies far from the others' elevation."""
+    frames = data_det3d.find_frames([kitti], ["train", "val"])
+    counts = []
+    for frame in frames:
+        points = frame.read_points()
+        rows = data_det3d.lidar_rows(points)
+        counts.append(rows[0] + 1)
+        elevation = np.degrees(np.arctan2(points[:, 2], np.hypot(points[:, 0], points[:, 1])))
+        middle = np.array([np.median(elevation[rows == row]) for row in range(counts[-1])])
+        assert (np.diff(middle) > 0.1).all() and np.abs(elevation - middle[rows]).max() < 5
+    assert sorted(set(counts)) == [46, 64] and counts.count(64) == 4
 
 
 # -----------------------------------------------------------------------------
@@ -246,6 +277,22 @@ def pasted_into(scene, bank, seed, limits=data_det3d.PASTED):
     own = len(scene.boxes)
     chosen = [int(np.flatnonzero((bank.entries["box"] == box).all(1))[0]) for box in new.boxes[own:]]
     return new, chosen
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_drawn_share_holds(frames, bank, monkeypatch, share):
+    """No patch has more of its area in common with another rectangle than was drawn, and some have nearly as much."""
+    monkeypatch.setattr(data_det3d, "OVERLAPS", (share,))
+    most = 0.0
+    for frame in frames:
+        scene = data_det3d.read_scene(frame)
+        for seed in range(3):
+            rects = pasted_into(scene, bank, seed)[0].rects
+            for j in range(len(scene.boxes), len(rects)):
+                sides = np.minimum(rects[j, 2:], rects[:j, 2:]) - np.maximum(rects[j, :2], rects[:j, :2])
+                common = sides.clip(0).prod(1) / (rects[j, 2:] - rects[j, :2]).prod()
+                most = max(most, common.max(initial=0))
+    assert 0.8 * share <= most <= share
 
 
 def test_pasted_frames(frames, bank):
@@ -469,4 +516,5 @@ def test_unknown_types_are_obstacles_and_empty_labels_work(scenes, tmp_path):
 def test_a_cloud_out_of_range_is_one_line(frames):
     far = data_det3d.Layout(dataclasses.replace(C, point_range=(300.0, -25.6, -3.0, 351.2, 25.6, 1.0)))
     sample = data_det3d.DetectionFrames(frames, C, far, training=False)[(0, 0)]
-    assert isinstance(sample, BadInput) and "000000.bin: 0 points in the camera's view, fewer than 16" in str(sample)
+    assert isinstance(sample, BadInput) and "000000.bin: 0 of its " in str(sample)
+    assert " points in the camera's view lie within --point-range, fewer than 16; wrong range, or" in str(sample)

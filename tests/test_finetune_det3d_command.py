@@ -1,5 +1,6 @@
 """finetune_det3d.py as a user starts it, in miniature: what it writes, that it resumes exactly, what it refuses."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,7 +10,9 @@ from conftest import load, read_log, steps_of, tensors
 from test_finetune_det3d import SMALL
 
 import ablate
+import anchors
 import encoders
+import eval as evaluate
 import eval_boxes
 import finetune_det3d
 import loop
@@ -40,6 +43,72 @@ def test_demo_in_miniature(run_here, scenes, tmp_path):
     status, again, err = run_here(finetune_det3d, *arguments)  # a finished run judges again
     assert status == 0 and again.splitlines()[-24:] == said.splitlines()[-24:], err
     assert "keep_rows=1, not 2" in run_here(finetune_det3d, *arguments, "--keep-rows", 2)[2]
+
+
+def test_a_detector_and_its_files_are_judged_alike(run_here, scenes, tmp_path, monkeypatch):
+    """`eval.py det3d` says what the run said: of last.pt, and of the result files that it writes. Pictures; frames
+    without labels; files that are not there."""
+    monkeypatch.setattr(anchors, "MIN_SCORE", 0.0)  # two steps teach nobody: let through what there is
+    status, said, err = run_here(
+        finetune_det3d, "demo", "--data-root", scenes, *SMALL, "--max-steps", 2, "--warm-up", 0
+    )
+    assert status == 0, err
+    last = tmp_path / "out" / "det3d_demo" / "last.pt"
+    figures = [line for line in read_log(last.parent) if "det3d" in line][-1]["det3d"]
+    assert figures.pop("frames") == 2 and max(figures["Car"]["n"]) > 3
+    assert any(max(figures["Car"][kind]["AP11"]) > 0 for kind in ("2d", "bev loose"))
+
+    status, again, err = run_here(evaluate, "det3d", last, "--save", "found", "--json", "ap.json", "--drawn", 1)
+    table = said[said.index("KITTI object on 2 frames") :].splitlines()[:26]
+    assert status == 0 and again.splitlines()[:26] == table, err
+    assert "wrote 2 result files and 1 pictures into found/" in again
+    assert json.loads((tmp_path / "ap.json").read_text()) == figures
+    assert len(list((tmp_path / "found" / "pictures").iterdir())) == 1
+    command = ["det3d", "found", "--data-root", scenes, "--splits", "val"]
+    status, said, err = run_here(evaluate, *command, "--json", "files.json")
+    assert status == 0 and said.splitlines()[:2] == table[:2] and len(said.splitlines()) == 26, err
+    of_files = json.loads((tmp_path / "files.json").read_text())
+    for name in figures:  # files have four decimals
+        assert of_files[name]["n"] == figures[name]["n"]
+        for kind in eval_boxes.TITLES:
+            assert of_files[name][kind]["AP11"] == pytest.approx(figures[name][kind]["AP11"], abs=0.5), (name, kind)
+
+    # some files, none, broken ones; two frames of one number
+    first, second = sorted((tmp_path / "found").glob("*.txt"))
+    second.rename(tmp_path / "second.txt")
+    status, said, err = run_here(evaluate, *command)
+    assert status == 0 and "on 1 frames" in said and "1 of the 2 frames have no result file" in said, err
+    line = first.read_text().splitlines()[0]
+    refused = {
+        "line 1 has 15 columns; must be 16": " ".join(line.split()[:-1]),
+        "line 1": line.rsplit(" ", 1)[0] + " nan",
+    }
+    for words, text in refused.items():
+        first.write_text(text + "\n")
+        status, _, err = run_here(evaluate, *command)
+        assert (
+            status == 1 and err.startswith(f"error: found/{first.name}: ") and words in err and err.count("\n") == 1
+        ), err
+    other = shutil.copytree(scenes, tmp_path / "other")
+    for photo in (other / "training" / "image_2").iterdir():
+        photo.write_bytes(photo.read_bytes() + b" ")
+    status, _, err = run_here(evaluate, "det3d", "found", "--data-root", scenes, other)
+    assert status == 1 and f"a result file {first.name} would be of both" in err and err.count("\n") == 1, err
+    status, _, err = run_here(evaluate, *command, "--save", "pictures")
+    assert status == 1 and err == "error: found: a folder of result files; --save is for detectors\n"
+    first.unlink()
+    status, _, err = run_here(evaluate, *command)
+    assert status == 1 and err == f"error: found: no result file of the 2 frames, such as {first.name}\n"
+
+    # frames without labels: written, not judged
+    root = shutil.copytree(scenes, tmp_path / "unlabelled")
+    (root / "training").rename(root / "testing")
+    shutil.rmtree(root / "testing" / "label_2")
+    (root / "ImageSets" / "val.txt").rename(root / "ImageSets" / "test.txt")
+    command = ["det3d", last, "--data-root", root, "--splits", "test", "--save", "unseen"]
+    status, said, err = run_here(evaluate, *command)
+    assert status == 0 and said.startswith("wrote 2 result files and 2 pictures") and said.count("\n") == 1, err
+    assert (tmp_path / "unseen" / second.name).read_bytes() == (tmp_path / "second.txt").read_bytes()
 
 
 def test_resumes_exactly(run_here, scenes, tmp_path, monkeypatch):
@@ -105,9 +174,16 @@ WRONG = {
     "few frames": (["--batch-size", 8, "--group", 8], "--batch-size 8: the 6 frames found are too few"),
     "broken label": (["--data-root", "BROKEN"], "000002.txt: line 3 is no label (a type and 14 numbers)"),
     "no label": (["--data-root", "LACKING"], "000004.txt: missing; it holds the boxes of frame training/000004"),
+    "nothing there": (
+        ["--point-range", 300, -9.6, -3, 319.2, 9.6, 1],
+        " lie within --point-range, fewer than 16; wrong",
+    ),
     "range": (["--point-range", 0, -9.6, -3, 19.3, 9.6, 1], "--point-range 0.0 -9.6 -3.0 19.3 9.6 1.0: must be whole"),
-    "height": (["--voxel", 0.1, 0.1, 0.2], "1.0: must be whole voxels, sixteens of them in x and y, 24 or more in z"),
-    "sixteens": (["--point-range", 0, -9.6, -3, 20, 9.6, 1], "must be whole voxels, sixteens of them in x and y"),
+    "height": (
+        ["--voxel", 0.1, 0.1, 0.2],
+        "1.0: must be whole voxels: a multiple of 16 along x and y, 24 or more along z",
+    ),
+    "sixteens": (["--point-range", 0, -9.6, -3, 20, 9.6, 1], "must be whole voxels: a multiple of 16 along x and y"),
     "enlarged": (["--upsample", 2, 2], "--upsample 2 2: the second must be twice the first"),
     "sizes": (["--image-scale", 320, 96, 640], "--image-scale 320 96 640: two numbers (width height) or four"),
 }

@@ -17,6 +17,7 @@ import data_kitti
 import eval_match
 import ops_triton as ops
 import pictures
+import pictures_boxes
 import simipu
 from files import BadInput
 
@@ -240,3 +241,9 @@ def test_picture_says_where_a_prediction_is_missing(tmp_path):
     with pytest.raises(BadInput, match="^one: prediction is 30 x 49 .* ground truth 30 x 50;"):
         pictures.draw_depth(image, prediction[:, 1:], truth, tmp_path / "e.png", "one")
     assert not (tmp_path / "e.png").exists()
+
+
+def test_words_on_an_image_cover_no_others():
+    """Two that would lie over each other: the second is left out, and takes no room. Beside and below there is room."""
+    room = pictures_boxes.Room(100)
+    assert [room.take(*at) for at in ((10, 50), (60, 55), (65, 66), (75, 50))] == [True, False, True, True]
