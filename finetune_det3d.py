@@ -450,11 +450,11 @@ def build_optimizers(model, c):
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     image = [p for name, p in learns.items() if name.startswith("img_")]
     points = [p for name, p in learns.items() if not name.startswith("img_")]
-    optimizers = [torch.optim.AdamW(points, c.lr, betas=(0.95, 0.99), weight_decay=0.01)]
+    optimizers = [torch.optim.AdamW(points, c.lr, betas=(0.95, 0.99), weight_decay=0.01, fused=True)]
     if image and c.image_optimizer == "sgd":
-        optimizers.append(torch.optim.SGD(image, c.image_lr, momentum=0.9, weight_decay=1e-4))
+        optimizers.append(torch.optim.SGD(image, c.image_lr, momentum=0.9, weight_decay=1e-4, fused=True))
     elif image:
-        optimizers.append(torch.optim.AdamW(image, c.image_lr, betas=(0.95, 0.99), weight_decay=0.01))
+        optimizers.append(torch.optim.AdamW(image, c.image_lr, betas=(0.95, 0.99), weight_decay=0.01, fused=True))
     return optimizers
 
 

@@ -505,8 +505,8 @@ def build_optimizer(model, c):
         {"params": [p for p in learns if id(p) in special], "lr": 2 * c.lr, "weight_decay": 0.0},
     ]
     if c.optimizer == "sgd":
-        return torch.optim.SGD(groups, c.lr, momentum=0.9, weight_decay=1e-4)
-    return torch.optim.AdamW(groups, c.lr, weight_decay=0.01)
+        return torch.optim.SGD(groups, c.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+    return torch.optim.AdamW(groups, c.lr, weight_decay=0.01, fused=True)
 
 
 def rate(step, steps, warm_up):

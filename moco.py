@@ -479,8 +479,8 @@ def build_optimizer(model, c):
     """Of the query encoder; the key encoder has no gradient."""
     parameters = list(model.encoder_q.parameters())
     if c.optimizer == "sgd":
-        return torch.optim.SGD(parameters, c.lr, momentum=0.9, weight_decay=1e-4)
-    return torch.optim.AdamW(parameters, c.lr, weight_decay=0.01)
+        return torch.optim.SGD(parameters, c.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+    return torch.optim.AdamW(parameters, c.lr, weight_decay=0.01, fused=True)
 
 
 # -----------------------------------------------------------------------------

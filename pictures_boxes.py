@@ -69,9 +69,8 @@ def draw_boxes(scene, boxes, scores, classes, path, title, shown=SHOWN):
         _draw_box(on_image, above, scene.lidar2img, box, LABELLED, "-")
     room = Room(width / 14)
     for i in np.hypot(boxes[:, 0], boxes[:, 1]).argsort():  # the nearest first, whose words stay
-        said = f"{scene.names[classes[i]]} {scores[i]:.2f}"
-        rise = 1.3 * (classes[i] % 3 - 1)
-        _draw_box(on_image, above, scene.lidar2img, boxes[i], FOUND, "--", said, rise, room)
+        words, rise = f"{scene.names[classes[i]]} {scores[i]:.2f}", 1.3 * (classes[i] % 3 - 1)
+        _draw_box(on_image, above, scene.lidar2img, boxes[i], FOUND, "--", words, rise, room)
 
     colours = f"labelled boxes green, found ones (score above {shown}) red and dashed"
     top.suptitle(f"{title}: {colours}\n" + "\n".join(lines), fontsize=12)

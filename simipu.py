@@ -573,11 +573,13 @@ def build_optimizers(model, c):
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     points = [p for name, p in learns.items() if name.startswith("pts_backbone.")]
     others = [p for name, p in learns.items() if not name.startswith("pts_backbone.")]
-    optimizers = [torch.optim.AdamW(points, c.point_lr, betas=(0.95, 0.99), weight_decay=0.01)] if points else []
+    optimizers = []
+    if points:
+        optimizers.append(torch.optim.AdamW(points, c.point_lr, betas=(0.95, 0.99), weight_decay=0.01, fused=True))
     if c.image_optimizer == "sgd":
-        optimizers.append(torch.optim.SGD(others, c.image_lr, momentum=0.9, weight_decay=1e-4))
+        optimizers.append(torch.optim.SGD(others, c.image_lr, momentum=0.9, weight_decay=1e-4, fused=True))
     else:
-        optimizers.append(torch.optim.AdamW(others, c.image_lr, betas=(0.9, 0.999), weight_decay=0.01))
+        optimizers.append(torch.optim.AdamW(others, c.image_lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True))
     return optimizers
 
 
