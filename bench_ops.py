@@ -146,7 +146,7 @@ def bench_detection(meter, frames, c):
     for i, frame in enumerate(frames):
         sample = data_det3d.move(data_det3d.read_scene(frame, labelled=False), np.eye(4), layout)
         sample |= data_det3d.voxels(sample["points"], layout)
-        samples.append(sample | {"flip": False, "window": data_det3d.WHOLE, "index": i})
+        samples.append(sample | {"flip": False, "window": data.WHOLE, "index": i})
     batch = data_det3d.augment(data_det3d.collate(layout, samples), c.image_scale[:2], layout, meter.device)
 
     bench_tables(meter, batch["levels"][0].keys, layout)

@@ -29,6 +29,7 @@ from scipy.spatial import cKDTree
 
 from files import IMAGES, BadInput, file_size, unless_bad, why_unread
 
+WHOLE = np.array([0.0, 0.0, 1.0])  # the window (random_window) that shows all of an image
 MIN_POINTS = 16  # fewer in view: the calibration or cloud is broken, and farthest point sampling has nothing to do
 SHAPED_BY = 16  # nearest points, itself among them, whose spread is the local shape of a point
 SIZE_DIVISOR = 32  # images are padded to multiples of the deepest stride, or feature cells would hang over the edge

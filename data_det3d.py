@@ -35,7 +35,6 @@ OVERLAPS = (0.0, 0.3, 0.5, 0.7)  # the share of a patch that any other object ma
 NEAR = 0.5  # metres before a camera: nearer corners of a box have no pixel to speak of
 HARD = (25, 2, 0.5)  # height above, occlusion and truncation at most: KITTI's "hard"; what is harder is not pasted
 ROWS = (8, 256)  # of a LiDAR, at least and at most
-WHOLE = np.array([0.0, 0.0, 1.0])  # the window of an image that is shown (data.image_affine): all of it
 
 
 # -----------------------------------------------------------------------------
@@ -435,7 +434,7 @@ class DetectionFrames(torch.utils.data.Dataset):
         if c.max_points and count > c.max_points:
             chosen = np.sort(rng.choice(count, c.max_points, replace=False))
             sample["points"] = sample["points"][chosen]
-        return sample | voxels(sample["points"], self.layout) | {"flip": flip, "window": WHOLE, "index": index}
+        return sample | voxels(sample["points"], self.layout) | {"flip": flip, "window": data.WHOLE, "index": index}
 
 
 def move(scene, T, layout):

@@ -203,8 +203,7 @@ class MonoFrames(torch.utils.data.Dataset):
         except BadInput as e:
             return e
         flip = bool(self.training and rng.random() < self.c.flip)
-        whole = np.array([0.0, 0.0, 1.0])  # the window of the image that is shown
-        return vars(view) | {"flip": flip, "window": whole, "index": index}
+        return vars(view) | {"flip": flip, "window": data.WHOLE, "index": index}
 
 
 def collate(samples):

@@ -53,7 +53,7 @@ import synthetic
 import weights
 from anchors import YAWS, anchor_grid, assign, detection_losses, select
 from data_det3d import Layout
-from files import BadInput, read_checkpoint
+from files import BadInput, read_checkpoint, unless_bad
 from loop import Loop, stream
 
 
@@ -570,8 +570,7 @@ def train(c):
     identity = runtime.as_json(c, without=FREE) | {"group": group} | labelled | start
     judgement = (lambda: eval_boxes.judge(model, held_out, c, run)) if held_out else None
     loop = Loop(c, run, model, optimizers, identity, data.Names(frames), "det3d", judgement)
-    if isinstance(first := data_det3d.DetectionFrames(frames, c, model.layout)[0, 0], BadInput):
-        raise first  # before anything is written
+    unless_bad(data_det3d.DetectionFrames(frames, c, model.layout)[0, 0])  # before anything is written
     bank = data_det3d.open_bank(frames, loop.folder, c.keep_rows, run) if c.moca else None
     dataset = data_det3d.DetectionFrames(frames, c, model.layout, bank)
     batches = data.Batches(len(frames), c.batch_size, group, c.seed, run.rank, run.world, loop.start, steps)
