@@ -17,9 +17,10 @@ finetune_det3d.py for det3d, finetune_mono3d.py for mono3d. Every run is `SCRIPT
 preset by --preset), in out/NAME/VARIANT/SEED. It is left alone if it has been finished before with the same flags, so a
 table that was interrupted goes on where it stopped.
 
-The table, in Markdown, has the mean over seeds, and their range, of the last step's figures (eval.py says what they
-are). No run and no step is picked. `random` is the untrained network. --gather-negatives needs several processes;
-groups of 8 ask the same question.
+The table, in Markdown, has the mean over seeds, and in brackets their range, of the last step's figures (eval.py says
+what they are). No run and no step is picked. `random` is the untrained network. With --control "wrong pairs" it also
+says how much better than that variant each one reads the right image, with its 95 % interval over frames.
+--gather-negatives needs several processes; groups of 8 ask the same question.
 """
 
 import signal
@@ -64,22 +65,15 @@ VARIANTS = {
     "relative positions": "--use-xyz",
     "release's losses": "--detach-keys --inter-query image",
     "SGD": "--image-optimizer sgd --image-lr 0.03",
-    "crops": "--crop 0.5 1",
-    "wider scales": "--crop 0.5 1.5",
-    "vertical shifts": "--shift 0 0.25",
-    "colour jitter": "--jitter 0.4 0.4 0.4 0.1",
     "crops, shifts, jitter": "--crop 0.5 1 --shift 0 0.25 --jitter 0.4 0.4 0.4 0.1",
     "groups of 8": "--batch-size 8 --group 8",
     "height": "--point-features reflectance height",
     "shape": "--point-features reflectance shape",
     "height, shape": "--point-features reflectance height shape",
-    "height alone": "--point-features height",
     "without reflectance": "--point-features height shape",
     "height, wrong pairs": "--point-features reflectance height --pairs wrong",
     "shape, wrong pairs": "--point-features reflectance shape --pairs wrong",
     "height, shape, wrong pairs": "--point-features reflectance height shape --pairs wrong",
-    "position negatives": "--position-negatives 1",
-    "position negatives, height, shape": "--position-negatives 1 --point-features reflectance height shape",
     "strides 16 and 32": "--inter-stages 3 4",
     "strides 16 and 32, height, shape": "--inter-stages 3 4 --point-features reflectance height shape",
 }
@@ -177,6 +171,8 @@ class Options:
     """Of the others: weights that the image encoder starts from. {seed} stands for the seed. A finished run is
     known by this path, not by what lies there. no-image, of det3d: points alone.
     """
+    control: str = ""
+    """Of match: the variant that the others are compared with, frame by frame. Give it in --only, too."""
     labels: tuple[float, ...] = (1.0, 0.25)
     """Of the others: shares of the training frames."""
     frames: tuple[int, ...] = ()
@@ -200,6 +196,8 @@ def check_options(options):
     for flag in ("name", "seeds", "inits", "labels"):
         if not getattr(options, flag):
             raise BadInput(f"--{flag}: nothing given")
+    if options.control and (options.task != "match" or options.control not in variants_of(options)):
+        raise BadInput(f"--control {options.control}: not a variant of --only; of --task match alone")
     if options.curve and not options.frames:
         raise BadInput("--curve: give --frames, which it is drawn against")
     counted = any("{frames}" in init for init in options.inits)
@@ -369,17 +367,20 @@ def ablate(options, flags, base):
     if options.task != "match":
         counts = [len(data.share_of(frames, share)) for share in options.labels]
     trained = f"{', '.join(map(str, counts))} frames, {base.max_steps} steps of {base.batch_size}"
-    print(f"{trained}, judged on {len(held_out)} others; mean (range) over seeds {seeds}")
+    print(f"{trained}, judged on {len(held_out)} others; mean [range] over seeds {seeds}")
     if note:
         print(note)
-    print("\n".join(title(task)))
+    rows = {}
     if options.task == "match":
         configs = [dataclasses.replace(base, seed=seed) for seed in options.seeds]
-        random = [eval_match.match(simipu.untrained(c, where.device), held_out, c, where.device) for c in configs]
-        print(row("random", random, task))
+        rows["random"] = [
+            eval_match.match(simipu.untrained(c, where.device), held_out, c, where.device) for c in configs
+        ]
     for variant, own in variants.items():
         name = f"{variant} `{own}`" if own and options.task == "match" else variant
-        print(row(name, [found[variant, seed] for seed in options.seeds], task))
+        rows[name] = [found[variant, seed] for seed in options.seeds]
+    control = [found[options.control, seed] for seed in options.seeds] if options.control else None
+    print("\n".join(table(rows, task, control, options.control)))
     if options.curve:
         draw_curve(options, found, task)
 
@@ -401,26 +402,40 @@ def draw_curve(options, found, task):
 # the table
 
 
-def title(task):
-    """Its first two lines."""
-    return [f"| | {' | '.join(task.columns)} |", "|" + "---|" * (1 + len(task.columns))]
+def table(rows, task, control=None, name=""):
+    """Its lines, of {name of a row: the judgements of all seeds}. control: those of the variant `name`, which a last
+    column compares with.
+    """
+    titles = ["", *task.columns]
+    if control:
+        titles.append(f"right image, nats better than {name}")
+    head = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    return head + [row(name, found, task, control) for name, found in rows.items()]
 
 
-def row(name, found, task):
+def row(name, found, task, control=None):
     """A line of the table, of the judgements of all seeds."""
     cells = [name]
     for key, factor, decimals in task.columns.values():
         cells.append(cell([figure(judgement, key) for judgement in found], factor, decimals))
+    if control:
+        alike = found == control or figure(found[0], "gain") is None
+        cells.append("–" if alike else bracketed(*eval_match.advantage(found, control), 2))
     return f"| {' | '.join(cells)} |"
 
 
 def cell(values, factor=1.0, decimals=1):
-    """mean (smallest to largest) over seeds."""
+    """mean [smallest, largest] over seeds."""
     values = [factor * value for value in values if value is not None]
     if not values:
         return "–"
-    mean, low, high = (f"{x:.{decimals}f}" for x in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})"
+    return bracketed(sum(values) / len(values), min(values), max(values), decimals)
+
+
+def bracketed(value, low, high, decimals):
+    """What a cell says: value [low, high], and never -0.0."""
+    value, low, high = (f"{x:z.{decimals}f}" for x in (value, low, high))
+    return f"{value} [{low}, {high}]"
 
 
 def figure(found, name):

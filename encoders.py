@@ -343,6 +343,7 @@ MLPS = (
 )
 AGGREGATION = (128, 256, 1024)
 HEIGHT_UNIT = 0.3  # on metres: a street's heights to numbers of the size of the other features
+PointFeature = Literal["reflectance", "height", "shape"]
 POINT_FEATURES = {  # --point-features: the channels of each
     "reflectance": ("reflectance",),
     "height": (f"{HEIGHT_UNIT} z",),
@@ -460,7 +461,7 @@ class SetAbstraction(nn.Module):
 
 class PointEncoder(nn.Module):
     """(B, N, 4) points (x, y, z, reflectance), or (B, N, 8) with data.local_shape -> places (B, P, 3) metres, features
-    (B, P, 1024), with P = `places`. point_features: keys of POINT_FEATURES, what the first layer sees of a point.
+    (B, P, 1024), with P = `places`. point_features: of PointFeature, what the first layer sees of a point.
 
     Sampling (release's `fps_mods`): SA1 keeps 4P points by D-FPS; SA2 keeps P by F-FPS and P by D-FPS; SA3 keeps P/2 of
     the F-FPS half and P/2 of all the others. Two of these need no work. A set in FPS order is its own FPS, so SA2's

@@ -206,16 +206,28 @@ def match(
     notes = seen_in_training(chosen, {name: run.saved for name, run in runs.items()})
     notes += other_settings(runs, first)
     if control:
-        notes += other_budget(wrong, first)
+        notes += unlike_control(wrong, first)
 
     rows = {"random": eval_match.match(simipu.untrained(first.c, device), chosen, first.c, device, process)}
     for name, run in runs.items():
         rows[name] = eval_match.match(run.model, chosen, run.c, device, process)
     if process.main:
-        print("\n".join(notes + eval_match.match_table(rows)))
+        beside = beside_control(rows) if control else []
+        print("\n".join(notes + eval_match.match_table(rows) + beside))
     if json and process.main:
         with writing(json) as temporary:
             temporary.write_text(dump_json(rows, indent=1) + "\n")
+
+
+def beside_control(rows):
+    """Lines on all runs of {name: result of eval_match.match} that have a branch for images."""
+    lines = []
+    for name, figures in rows.items():
+        if name not in ("random", "wrong pairs") and "gain" in figures:
+            better, low, high = eval_match.advantage([figures], [rows["wrong pairs"]])
+            figures = f"{better:.2f} ({low:.2f} to {high:.2f})"
+            lines.append(f"{name} reads the right image {figures} nats better than wrong pairs")
+    return lines
 
 
 def other_settings(runs, first):
@@ -229,12 +241,17 @@ def other_settings(runs, first):
     return notes
 
 
-def other_budget(control, first):
-    """Notes to print where the control has not seen as much as the first run."""
+def unlike_control(control, first):
+    """Notes to print where the control has not seen as much as the first run, or is another network."""
+    notes = []
     control_saw, first_saw = (run.saved["step"] * run.c.batch_size for run in (control, first))
-    if control_saw == first_saw:
-        return []
-    return [f"note: the control has seen {control_saw} frames, the first run {first_saw}"]
+    if control_saw != first_saw:
+        notes.append(f"note: the control has seen {control_saw} frames, the first run {first_saw}")
+    fields = ("image_encoder", "point_features", "use_xyz", "inter_stages")
+    differ = [field for field in fields if getattr(control.c, field) != getattr(first.c, field)]
+    if differ:
+        notes.append(f"note: the control has another {', '.join(differ)} than the first run")
+    return notes
 
 
 # -----------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 `match` asks of every place in an unseen frame how well the trained image encoder points it out: the place's own image
 feature is to be found among all of the frame's by its similarity to the place's point feature. It asks twice, of the
 right image and of *another frame's image at the same pixels*. A fixed camera lets a network guess depth from the
-pixel's position alone, which helps in both. Only the gain, the cross-entropy with another's image less that with the
-right one, is what the network sees in the image.
+pixel's position alone, which helps in both. The gain, the cross-entropy with another's image less that with the right
+one, is above 0 only for a network that sees something in the image. How much of it helps, and is not another's image
+misleading, `advantage` over a network of wrong pairs says.
 
 `probe` fits a ridge regression of log-depth on frozen features at the pixels of LiDAR points. Position, which every row
 has for free, explains most of it, and a network trained on wrong pairs lifts it nearly as much as one trained on true
@@ -90,6 +91,7 @@ def image_input(batch):
 # Inverse temperatures that a frame's cosines are read with, eight an octave. 0 reads nothing, and scores chance.
 SHARPNESS = (0.0, *(2 ** (i / 8) for i in range(-16, 57)))
 INTERVAL = 1000  # draws of frames, with replacement, behind the interval of the gain
+RANK_DRAWS = 200  # of these, behind that of the gap: medians take longer than sums
 POSITION_DEGREE = 4  # of the polynomial in (u, v) that the reader of `position_entropies` knows of a pixel
 POSITION_PENALTY = 5.0  # on its squared weights, beside sums of cross-entropies
 POSITION_PLACES = 128  # of a frame, at most, that it is fitted on
@@ -198,8 +200,7 @@ def match_frame(model, batch, own_maps, other_maps, c):
         asked = differ[seen[differ]]
         query = model.mlp_cross_points(features[0][asked])
         for which, maps in (("right", own_maps), ("wrong", other_maps)):
-            sampled = encoders.sample_stages(model.img_backbone, maps, uv, c.inter_stages)[0]
-            found[which] = answers(query, model.mlp_cross_img(sampled[asked]))
+            found[which] = answers(query, model.mlp_cross_img(model.at_pixels(maps, uv)[0][asked]))
         constant = query.new_ones(len(query), 1)
         unit = F.normalize(query, dim=1) * query.shape[1] ** 0.5
         where = positions(uv[0][asked].cpu(), width, height, POSITION_DEGREE)
@@ -229,7 +230,7 @@ def match_figures(found, device="cpu"):
         figures["chance"] = chance_sums(places).sum() / places.sum()
         figures |= judged_answers(frames, "right", right) | judged_answers(frames, "wrong", wrong)
         figures["position_excess"] = excess(position, places)
-        gaps = [median_rank(found, "wrong", draw) - median_rank(found, "right", draw) for draw in draws[:200]]
+        gaps = [median_rank(found, "wrong", draw) - median_rank(found, "right", draw) for draw in draws[:RANK_DRAWS]]
         figures["gap"] = figures["wrong_rank"] - figures["right_rank"]
         figures["gap_interval"] = np.percentile(gaps, [2.5, 97.5])
     if "intra" in frames[0]:
@@ -311,9 +312,9 @@ def fit_positions(frames):
     for query, where in frames:
         step = -(-len(query) // POSITION_PLACES) or 1
         thinned.append((query[::step], where[::step], torch.arange(len(query[::step]), device=query.device)))
-    query, where, _ = thinned[0]
+    D, P = (part.shape[1] for part in frames[0])
     with torch.enable_grad():
-        weight = query.new_zeros(query.shape[1], where.shape[1]).requires_grad_()
+        weight = frames[0].query.new_zeros(D, P).requires_grad_()
         optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
 
         def loss():
@@ -326,6 +327,21 @@ def fit_positions(frames):
 
         optimizer.step(loss)
     return weight.detach()
+
+
+def advantage(own, control):
+    """How much better a network reads the right image than a control does, with the same frames: mean cross-entropy of
+    the control's answers less that of its own, nats, and the 95 % interval over frames (bootstrap). Above 0 it knows
+    more than its control, which a gain does not say: a gain grows, too, where another's image misleads.
+
+    own, control: results of `match`, one a seed. -> (mean, low, high).
+    """
+    sums = lambda found: np.sum([[run["per_frame"][key] for key in ("right", "places")] for run in found], 0)  # (2, F)
+    (right, places), (theirs, asked) = sums(own), sums(control)
+    draws = np.random.default_rng(0).integers(len(places), size=(INTERVAL, len(places)))
+    mean = lambda total, count, at: total[at].sum(-1) / count[at].sum(-1)
+    difference = lambda at: mean(theirs, asked, at) - mean(right, places, at)
+    return difference(np.arange(len(places))), *np.percentile(difference(draws), [2.5, 97.5])
 
 
 def median_rank(found, which, frames):

@@ -706,12 +706,12 @@ TICKS = (0.2, 0.5, 1, 2, 3, 5, 7, 10, 20, 30, 50, 80, 150)  # metres, on its sca
 
 
 def draw_depth(image, prediction, truth, path, title, high=None):
-    """Is the depth right, and where not? Image, error, prediction and ground truth, the last two on one scale,
-    logarithmic as errors are relative: a metre matters near the camera. -> what was measured, over all ground truth: no
-    crop, no range, nothing clipped.
+    """Is the depth right, and where not? Image, error, prediction and ground truth, the last two on one scale, that of
+    ground truth, logarithmic as errors are relative: a metre matters near the camera. -> what was measured, over all
+    ground truth: no crop, no range, nothing clipped.
 
     image: (H, W, 3), uint8 or in [0, 1]; prediction, truth: metres (H, W), truth 0 where there is none. high: metres at
-    which the scale ends, so that pictures can be compared; by default where these two maps do. Sparse truth is drawn as
+    which the scale ends, so that pictures can be compared; by default where ground truth does. Sparse truth is drawn as
     dots large enough to meet. Raises BadInput for maps of other sizes.
     """
     height, width = truth.shape
@@ -730,7 +730,7 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     figure.suptitle(f"{title}: {measured}", fontsize=12)
     axes = figure.subplots(2, 2)
     (upper_left, upper_right), (lower_left, lower_right) = axes
-    low, far = _depth_scale(np.concatenate([truth[known], prediction[drawn & (prediction > 0)]]), high)
+    low, far = _depth_scale(truth[known] if known.any() else prediction[drawn & (prediction > 0)], high)
     metres = {"norm": _matplotlib().colors.LogNorm(low, far), "cmap": "turbo"}
     relative = {"vmin": 0, "vmax": WORST, "cmap": "viridis"}
 

@@ -37,7 +37,6 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import contextlib
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +140,7 @@ class Config:
     """Places per cloud after the point encoder, hence pairs per cloud. The set abstractions keep 4, 2 and 1 times as
     many.
     """
-    point_features: tuple[Literal["reflectance", "height", "shape"], ...] = ("reflectance",)
+    point_features: tuple[encoders.PointFeature, ...] = ("reflectance",)
     """What the point encoder's first layer sees of a point, one or several. The release: reflectance. height: z, of the
     view. shape: linearity, planarity, scattering and the normal's |z| of the nearest 16 points, the same in both views.
     """
@@ -178,10 +177,6 @@ class Config:
     """
     drop_twins: bool = False
     """Leave out of a pair's candidates those of places at the same spot: the point encoder keeps some points twice."""
-    position_negatives: float = 0.0
-    """W: what the other images of a pass show at the same pixel are further negatives of Eq. 7, each counting W times,
-    so that knowing the position is of no use. 0 for none.
-    """
     gather_negatives: bool = False
     """Take the other ranks' features as further negatives, with their gradients."""
     # ---- optimisation ----
@@ -371,15 +366,12 @@ def match_in_background(alpha, beta, T, visible, method):
 # losses
 
 
-def info_nce(
-    query, key, temperature, gather=False, report=True, spot=None, drop_twins=False, others=None, others_weight=1.0
-):
+def info_nce(query, key, temperature, gather=False, report=True, spot=None, drop_twins=False):
     """InfoNCE of matched rows, Eq. 4 and Eq. 7 of the paper with the sum over pairs made a mean. -> loss, stats.
 
     -1/n sum_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), q and k l2-normalised. query, key: (n, D).
     gather: the keys of all ranks are candidates, and the mean is over all ranks' queries once DDP has averaged.
     spot (n,): rows of one number are of places that coincide, each other's twins. drop_twins: these are no candidates.
-    others (n, m, D): further negatives of each query's own, that count as others_weight candidates each.
 
     stats, {} without `report`: chance, ln(number of candidates), what random features score; top1, the share of queries
     whose own key is the one best (a tie is no success, so collapsed features score 0; but a tie with a twin is one);
@@ -401,11 +393,6 @@ def info_nce(
             twin[:, offset : offset + n] = (spot[:, None] == spot).fill_diagonal_(False)
             if drop_twins:
                 logits = logits.masked_fill(twin, -torch.inf)
-        candidates = len(k)
-        if others is not None:
-            further = (q[:, None] * unit(others)).sum(2) / temperature + math.log(others_weight)
-            logits = torch.cat([logits, further], 1)  # (n, candidates + m)
-            candidates += others_weight * others.shape[1]
         loss = weight * F.cross_entropy(logits, target)
         if not report:
             return loss, {}
@@ -415,7 +402,7 @@ def info_nce(
             if spot is not None:
                 best &= ~twin
             stats = {
-                "chance": torch.tensor(math.log(candidates)),
+                "chance": torch.tensor(math.log(len(k))),
                 "top1": (best.sum(1) == 1).float().mean(),
                 "positive": positive.mean(),
                 "negative": (cosine.sum() - positive.sum()) / max(cosine.numel() - n, 1),
@@ -424,18 +411,6 @@ def info_nce(
                 stats[name + "std"] = z.std(0).mean() * math.sqrt(z.shape[1])
                 stats[name + "rank"] = effective_rank(z)
     return loss, stats
-
-
-@contextlib.contextmanager
-def without_a_trace(head):
-    """Passes through a head, in here, leave the running statistics of its batch norms as they are."""
-    norms = [m for m in head.modules() if isinstance(m, nn.BatchNorm1d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    yield
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
 
 
 def coinciding(places):
@@ -489,18 +464,6 @@ class SimIPU(nn.Module):
         """What Eq. 7 takes from the image encoder's maps at pixels uv (B, n, 2): (B, n, C), for mlp_cross_img."""
         return encoders.sample_stages(self.img_backbone, maps, uv, self.c.inter_stages)
 
-    def at_same_pixels(self, maps, uv, rows):
-        """What the other images of a pass show where the pairs' own pixels are: (n, B - 1, embed_dim), of the n rows of
-        uv (B, P, 2) that count. In a pass of their own, so that the pairs' batch norm is what it is without.
-        """
-        found = []
-        for shift in range(1, len(uv)):
-            others = [feature_map.roll(shift, 0) for feature_map in maps]
-            found.append(self.at_pixels(others, uv).flatten(0, 1)[rows])
-        with without_a_trace(self.mlp_cross_img):
-            embedded = self.mlp_cross_img(torch.cat(found))
-        return embedded.view(len(found), len(rows), -1).transpose(0, 1)
-
     def forward(self, batch, report=True):
         c, B = self.c, len(batch["alpha"])
         loss, stats = torch.zeros((), device=batch["alpha"].device), {}
@@ -547,14 +510,7 @@ class SimIPU(nn.Module):
             f_gamma = self.mlp_cross_img(f_gamma.flatten(0, 1)[visible_rows])  # (n, 128)
             f_alpha = self.mlp_cross_points(features[:B].detach().flatten(0, 1)[visible_rows])
             query, key = (f_alpha, f_gamma) if c.inter_query == "point" else (f_gamma, f_alpha.detach())
-            others = self.at_same_pixels(maps, uv, visible_rows) if c.position_negatives else None
-            inter, found = compare(
-                query,
-                key,
-                spot=None if spot is None else spot[visible_rows],
-                others=others,
-                others_weight=c.position_negatives,
-            )
+            inter, found = compare(query, key, spot=None if spot is None else spot[visible_rows])
             loss = loss + c.inter_weight * inter
             stats |= {"inter": inter.detach(), **prefixed("inter_", found), "visible": visible.float().mean()}
         if report:
@@ -639,7 +595,7 @@ def check_config(c, world):
     runtime.check_range(
         c, "seed workers max_steps eval_every keep_every synthetic_frames train_frames", 0, 1e9, "0 or more"
     )
-    runtime.check_range(c, "intra_weight inter_weight translation position_negatives", 0, 1e6, "0 or more")
+    runtime.check_range(c, "intra_weight inter_weight translation", 0, 1e6, "0 or more")
     runtime.check_range(c, "rotation", 0, 180, "from 0 to 180")
     runtime.check_range(c, "lr_decay", 1e-6, 1, "above 0, and 1 or less")
     runtime.check_range(c, "shift jitter flip", 0, 1, "from 0 to 1")
@@ -655,9 +611,6 @@ def check_config(c, world):
     data.check_image_scale(c.image_scale)
     if not c.inter_weight and not c.intra_weight:
         raise BadInput("--inter-weight 0: with --intra-weight 0 there is nothing to learn")
-    if c.position_negatives and (c.inter_query == "image" or not c.inter_weight or split[0] < 2):
-        why = "point queries (--inter-query point, --inter-weight) and 2 frames or more in a pass (--group) are needed"
-        raise BadInput(f"--position-negatives {c.position_negatives:g}: {why}")
     if not c.inter_weight and (c.init or c.compile):
         raise BadInput("--inter-weight 0: there is no image encoder for --init or --compile")
     return split

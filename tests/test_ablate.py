@@ -28,7 +28,7 @@ def test_ablation_table(run_here, scenes, tmp_path):
     assert status == 0, err
     rows = rows_of(out)
     assert [row[0] for row in rows] == ["random", "SimIPU"]
-    mean, low, high = (float(x) for x in rows[1][2].replace("(", "").replace(")", "").split() if x != "to")
+    mean, low, high = (float(x.strip("[],")) for x in rows[1][2].split())
     folders = [tmp_path / "out" / "t" / "SimIPU" / str(seed) for seed in (0, 1)]
     ranks = [log_of(folder)[-1]["match"]["right_rank"] for folder in folders]
     assert mean == pytest.approx(sum(ranks) / 2, abs=0.051)
@@ -115,6 +115,7 @@ def test_ablation_of_detection(run_here, scenes, tmp_path):
         ("--eval-splits", "--eval-splits: an ablation needs frames to judge on"),
         ("--only SimIPU --frames 99", "--frames 99: there are 6"),
         ("--curve x.png", "--curve: give --frames"),
+        ("--only SimIPU --control SGD", "--control SGD: not a variant of --only"),
         ("--task depth --frames 4", "--frames: wants {frames} in --inits"),
         ("--task depth --inits x{frames}", "--frames: wants {frames} in --inits"),
         ("--max-steps 1", "--max-steps 1: too few for groups of 8"),  # 0 would be as many as --epochs has
@@ -165,7 +166,20 @@ def test_no_flag_stands_twice_in_a_command():
 
 
 def test_row():
-    """mean (smallest to largest), a dash where no run has the figure."""
-    found = [{"intra_rank": 1.0, "intra_top1": 0.5}, {"intra_rank": 2.0, "intra_top1": 0.25}]
+    """mean [smallest, largest], a dash where no run has the figure."""
+    found = [
+        {"gain": -0.001, "intra_rank": 1.0, "intra_top1": 0.5},
+        {"gain": 0.0, "intra_rank": 2.0, "intra_top1": 0.25},
+    ]
     row = ablate.row("x", found, ablate.TASKS["match"])
-    assert row == "| x | – | – | – | – | – | – | – | 1.5 (1.0 to 2.0) | 37.5 (25.0 to 50.0) |"
+    cells = "0.00 [0.00, 0.00] | – | – | – | – | – | – | 1.5 [1.0, 2.0] | 37.5 [25.0, 50.0]"
+    assert row == f"| x | {cells} |"  # and no -0.00
+
+
+def test_control():
+    """A last column, of what stands beside the control frame by frame; a dash for itself, and without an image."""
+    run = lambda right: [{"gain": 0.1, "per_frame": {"places": [10, 10], "right": right}}]
+    rows = {"good": run([10.0, 5.0]), "wrong pairs": run([20.0, 20.0]), "without inter": [{"intra_rank": 3.0}]}
+    head, _, *lines = ablate.table(rows, ablate.TASKS["match"], rows["wrong pairs"], "wrong pairs")
+    last = [line.split(" | ")[-1].strip(" |") for line in (head, *lines)]
+    assert last == ["right image, nats better than wrong pairs", "1.25 [1.00, 1.50]", "–", "–"]

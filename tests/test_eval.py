@@ -132,19 +132,22 @@ def test_match_command(run_here, runs, scenes, tmp_path):
     assert status == 0, err
     lines = out.splitlines()
     assert "matching on 2 frames" in lines[0]
-    assert [line.split()[0] for line in lines[3:]] == ["random", "wrong", "true"]
+    *_, row, beside = lines
+    assert [line.split()[0] for line in lines[3:-1]] == ["random", "wrong", "true"]
     model, c, _ = evaluate.load_run(true)
     expected = eval_match.match(model, data_kitti.find_frames(scenes, ["val"]), c, "cpu")
-    assert f"{expected['right_rank']:.1f} %" in lines[-1] and f"{expected['wrong_rank']:.1f} %" in lines[-1]
-    assert lines[-1].split()[1] == f"{expected['gain']:.2f}"
+    assert f"{expected['right_rank']:.1f} %" in row and f"{expected['wrong_rank']:.1f} %" in row
+    assert row.split()[1] == f"{expected['gain']:.2f}"
     figures = json.loads((tmp_path / "figures.json").read_text())
+    better, low, high = eval_match.advantage([figures["true"]], [figures["wrong pairs"]])
+    assert beside == f"true reads the right image {better:.2f} ({low:.2f} to {high:.2f}) nats better than wrong pairs"
     assert list(figures) == ["random", "wrong pairs", "true"] and figures["true"] == expected
     status, out, _ = run_here(evaluate, "match", true, "--splits", "trainval")
     assert status == 0 and "note: true was trained on 6 of these 8 frames: its figures will flatter" in out
     again = true.parent / ".." / "true" / "last.pt"
     status, out, _ = run_here(evaluate, "match", true, again, "--control", wrong, "--splits", "train")
     assert status == 0 and "note: wrong pairs was trained on 6 of these 6 frames" in out
-    assert len(out.splitlines()) == 3 + 3 + 4  # notes, titles, rows
+    assert len(out.splitlines()) == 3 + 3 + 4 + 2  # notes, titles, rows, beside the control
 
 
 def test_two_processes_say_what_one_says(run_script, run_here, runs):
@@ -177,8 +180,10 @@ def test_notes_of_match():
     first, other = run(10, batch_size=4), run(10, batch_size=8, places=64, num_points=1024)
     [note] = evaluate.other_settings({"first": first, "b": other}, first)
     assert note == "note: b is judged with its own places, num_points, others than the first run's"
-    assert evaluate.other_budget(run(20, batch_size=2), first) == []
-    assert evaluate.other_budget(other, first) == ["note: the control has seen 80 frames, the first run 40"]
+    assert evaluate.unlike_control(run(20, batch_size=2), first) == []
+    assert evaluate.unlike_control(other, first) == ["note: the control has seen 80 frames, the first run 40"]
+    [note] = evaluate.unlike_control(run(10, batch_size=4, point_features=("height",), use_xyz=True), first)
+    assert note == "note: the control has another point_features, use_xyz than the first run"
     frames = [data.Frame("a/0", Path(__file__), Path(__file__), (), data_kitti.RIG, "drive 7")]
     [seen] = evaluate.seen_in_training(frames, {"x": {"inventory": data.inventory(frames)}, "y": {}})
     assert seen == "note: x was trained on 1 of these 1 frames: its figures will flatter"  # as last.pt once had it

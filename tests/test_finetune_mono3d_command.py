@@ -38,7 +38,7 @@ def test_demo_in_miniature_resumes_exactly(run_here, scenes, tmp_path, monkeypat
     assert "nuScenes detection on 2 samples, val, KITTI's labels: mAP" in said and "mono3d.png: car" in said
     judged = read_log(whole)[-1]["mono3d"]
     row = ablate.row("x", [judged], ablate.TASKS["mono3d"])
-    assert row.startswith(f"| x | {100 * judged['mean_ap']:.1f} (") and row.endswith("| – |")
+    assert row.startswith(f"| x | {100 * judged['mean_ap']:.1f} [") and row.endswith("| – |")
 
     report = loop.Loop.report
 

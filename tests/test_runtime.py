@@ -43,7 +43,6 @@ from files import BadInput
         (["--log-every", 0], ["--log-every 0"]),
         (["--point-features"], ["--point-features: nothing given"]),
         (["--point-features", "height", "height"], ["--point-features height height: give each once"]),
-        (["--position-negatives", 1, "--inter-query", "image"], ["--position-negatives 1: point queries"]),
         (["--inter-stages", 4, 4], ["--inter-stages 4 4: give each once"]),
         (["--crop", 1.0, 0.5], ["--crop 1.0 0.5"]),
         (["--crop", 0.01, 1.0], ["--crop 0.01 1.0"]),

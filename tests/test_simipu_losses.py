@@ -262,40 +262,6 @@ def test_stages_that_eq_7_compares(view):
     assert gradients(tiny(inter_stages=(2,)), view).norms["img_backbone"] > 0
 
 
-def test_position_negatives_equal_their_transcription(view):
-    """Pixel by pixel: each place has the other image's feature at its own pixel as one more candidate, counted W times.
-    The pairs' own features, and the running statistics of batch norm, are those of a run without.
-    """
-    model, plain = build(tiny(position_negatives=3.0)), build(TINY)
-    loss, stats = model(view)
-    plain(view)
-    kept = model.state_dict()
-    assert all(torch.equal(v, kept[k]) for k, v in plain.state_dict().items() if "running" in k)
-    with torch.no_grad():
-        _, _, f_point, f_image = embeddings(model, view)
-        feature_map = model.img_backbone(view["image"])[-1]
-        places, _ = model.pts_backbone(torch.cat([view["alpha"], view["beta"]]))
-        sampled = []
-        for b in range(2):
-            uv, depth = data.project(places[b], view["lidar2img"][b])
-            inside = data.inside_image(uv, depth, 160, 64)
-            sampled.append(ops.bilinear_sample(feature_map[1 - b][None], uv[None] / 32)[0][inside])
-        f_other = model.mlp_cross_img(torch.cat(sampled))
-        q, k, o = (torch.nn.functional.normalize(f.double(), dim=1) for f in (f_point, f_image, f_other))
-    by_hand = 0
-    for i in range(len(q)):
-        candidates = (q[i] @ k.T / 0.07).exp().sum() + 3 * (q[i] @ o[i] / 0.07).exp()
-        by_hand += (candidates.log() - q[i] @ k[i] / 0.07).item() / len(q)
-    assert stats["inter"].item() == pytest.approx(by_hand, abs=2e-4)
-    assert stats["inter_chance"].item() == pytest.approx(math.log(len(q) + 3))
-
-
-def test_position_negatives_of_no_weight_are_none(view, base):
-    light = gradients(tiny(position_negatives=1e-12), view)
-    assert light.loss == pytest.approx(base.loss, abs=1e-5)
-    assert light.norms == pytest.approx(base.norms, rel=1e-4)
-
-
 def test_temperature_and_matching_do_what_they_say(view, base):
     warm = gradients(tiny(temperature=1000.0), view).stats
     assert warm["intra"].item() == pytest.approx(warm["intra_chance"].item(), abs=1e-2)
@@ -346,7 +312,7 @@ def owned(optimizers):
         {"inter_weight": 0.0},
         {"inter_query": "image"},
         {"use_xyz": True},
-        {"position_negatives": 1.0, "inter_stages": (3, 4)},
+        {"inter_stages": (3, 4)},
         {"image_optimizer": "adamw"},
     ],
 )
