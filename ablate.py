@@ -98,12 +98,12 @@ TASKS = {
         "match",
         {
             "gain, nats": ("gain", 1, 2),
+            "right image": ("right_excess", 1, 2),  # and position: cross-entropy less chance, nats
+            "position": ("position_excess", 1, 2),
             "rank, right image, %": ("right_rank", 1, 1),
             "rank, another's, %": ("wrong_rank", 1, 1),
             "gap, points": ("gap", 1, 1),
             "top1, %": ("right_top1", 100, 1),
-            "excess": ("right_excess", 1, 2),
-            "of position": ("position_excess", 1, 2),
             "rank, other view, %": ("intra_rank", 1, 1),
             "other view's top1, %": ("intra_top1", 100, 1),
         },
@@ -408,7 +408,7 @@ def table(rows, task, control=None, name=""):
     """
     titles = ["", *task.columns]
     if control:
-        titles.append(f"right image, nats better than {name}")
+        titles.append(f"beyond {name}")
     head = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     return head + [row(name, found, task, control) for name, found in rows.items()]
 

@@ -225,7 +225,7 @@ def beside_control(rows):
     for name, figures in rows.items():
         if name not in ("random", "wrong pairs") and "gain" in figures:
             better, low, high = eval_match.advantage([figures], [rows["wrong pairs"]])
-            figures = f"{better:.2f} ({low:.2f} to {high:.2f})"
+            figures = f"{better:z.2f} ({low:z.2f} to {high:z.2f})"
             lines.append(f"{name} reads the right image {figures} nats better than wrong pairs")
     return lines
 

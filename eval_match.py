@@ -365,8 +365,8 @@ def match_table(rows):
         gain, position = "-", "-"
         if "gain" in figures:
             low, high = figures["gain_interval"]
-            gain = f"{figures['gain']:.2f} ({low:.2f} to {high:.2f})"
-            position = f"{figures['position_excess']:+.2f}"
+            gain = f"{figures['gain']:z.2f} ({low:z.2f} to {high:z.2f})"
+            position = f"{figures['position_excess']:+z.2f}"
         lines.append(f"{name:>{width}} {gain:^22} {right}  {wrong} {position:^8} {intra}")
     return lines
 
@@ -375,7 +375,7 @@ def _match_cell(figures, which):
     if f"{which}_rank" not in figures:
         return f"{'-':>22}"
     rank, top1, over = (figures[f"{which}_{figure}"] for figure in ("rank", "top1", "excess"))
-    return f"{over:+6.2f} {rank:5.1f} % {100 * top1:5.1f} %"
+    return f"{over:+z6.2f} {rank:5.1f} % {100 * top1:5.1f} %"
 
 
 # -----------------------------------------------------------------------------

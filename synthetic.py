@@ -1,6 +1,6 @@
 """Procedural driving scenes in KITTI's own file formats: the demo's data, the tests' data, nothing to download.
 
-    python synthetic.py                                                         # data/synthetic, 80 frames
+    python synthetic.py                                                         # data/synthetic, 64 frames
     python synthetic.py --root data/tiny --frames 4 --seed 1 --width 320 --height 96 --val 0.5
 
 writes KITTI's object layout, which every KITTI reader takes as it is:
@@ -441,7 +441,7 @@ def write_splits(folder, frames, val):
 
 def write_dataset(
     root: str = ROOT,
-    frames: int = 80,
+    frames: int = 64,  # as the demos want it
     seed: int = 0,
     width: int = 1242,
     height: int = 375,

@@ -137,10 +137,10 @@ def test_match_command(run_here, runs, scenes, tmp_path):
     model, c, _ = evaluate.load_run(true)
     expected = eval_match.match(model, data_kitti.find_frames(scenes, ["val"]), c, "cpu")
     assert f"{expected['right_rank']:.1f} %" in row and f"{expected['wrong_rank']:.1f} %" in row
-    assert row.split()[1] == f"{expected['gain']:.2f}"
+    assert row.split()[1] == f"{expected['gain']:z.2f}"
     figures = json.loads((tmp_path / "figures.json").read_text())
     better, low, high = eval_match.advantage([figures["true"]], [figures["wrong pairs"]])
-    assert beside == f"true reads the right image {better:.2f} ({low:.2f} to {high:.2f}) nats better than wrong pairs"
+    assert beside == f"true reads the right image {better:z.2f} ({low:z.2f} to {high:z.2f}) nats better than wrong pairs"
     assert list(figures) == ["random", "wrong pairs", "true"] and figures["true"] == expected
     status, out, _ = run_here(evaluate, "match", true, "--splits", "trainval")
     assert status == 0 and "note: true was trained on 6 of these 8 frames: its figures will flatter" in out
