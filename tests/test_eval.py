@@ -140,7 +140,8 @@ def test_match_command(run_here, runs, scenes, tmp_path):
     assert row.split()[1] == f"{expected['gain']:z.2f}"
     figures = json.loads((tmp_path / "figures.json").read_text())
     better, low, high = eval_match.advantage([figures["true"]], [figures["wrong pairs"]])
-    assert beside == f"true reads the right image {better:z.2f} ({low:z.2f} to {high:z.2f}) nats better than wrong pairs"
+    expected_line = f"true reads the right image {better:z.2f} ({low:z.2f} to {high:z.2f}) nats better than wrong pairs"
+    assert beside == expected_line
     assert list(figures) == ["random", "wrong pairs", "true"] and figures["true"] == expected
     status, out, _ = run_here(evaluate, "match", true, "--splits", "trainval")
     assert status == 0 and "note: true was trained on 6 of these 8 frames: its figures will flatter" in out
