@@ -419,8 +419,8 @@ def row(name, found, task, control=None):
     for key, factor, decimals in task.columns.values():
         cells.append(cell([figure(judgement, key) for judgement in found], factor, decimals))
     if control:
-        alike = found == control or figure(found[0], "gain") is None
-        cells.append("–" if alike else bracketed(*eval_match.advantage(found, control), 2))
+        compared = found != control and "gain" in found[0] and "gain" in control[0]  # both have a branch for images
+        cells.append(bracketed(*eval_match.advantage(found, control), 2) if compared else "–")
     return f"| {' | '.join(cells)} |"
 
 

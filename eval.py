@@ -220,13 +220,13 @@ def match(
 
 
 def beside_control(rows):
-    """Lines on all runs of {name: result of eval_match.match} that have a branch for images."""
-    lines = []
+    """Lines on all runs of {name: result of eval_match.match} that have a branch for images, as the control must."""
+    lines, control = [], rows["wrong pairs"]
     for name, figures in rows.items():
-        if name not in ("random", "wrong pairs") and "gain" in figures:
-            better, low, high = eval_match.advantage([figures], [rows["wrong pairs"]])
-            figures = f"{better:z.2f} ({low:z.2f} to {high:z.2f})"
-            lines.append(f"{name} reads the right image {figures} nats better than wrong pairs")
+        if name not in ("random", "wrong pairs") and "gain" in figures and "gain" in control:
+            better, low, high = eval_match.advantage([figures], [control])
+            said = f"{better:z.2f} ({low:z.2f} to {high:z.2f})"
+            lines.append(f"{name} reads the right image {said} nats better than wrong pairs")
     return lines
 
 
