@@ -31,7 +31,7 @@ def test_demo_in_miniature(run_here, scenes, tmp_path):
     for line in log:
         assert line["loss"] == pytest.approx(line["classes"] + line["boxes"] + line["direction"], rel=1e-3)
         assert line["positives"] > 3 and line["grad_norm"] > 0
-        assert line["lr"] == pytest.approx([4e-3 * finetune_det3d.rate(line["step"] - 1, 3, 78)] * 2)
+        assert line["lr"] == pytest.approx([3e-3 * finetune_det3d.rate(line["step"] - 1, 3, 156)] * 2)
     judged = [line for line in read_log(out) if "det3d" in line]
     assert [line["step"] for line in judged] == [2, 3] and judged[1]["det3d"]["frames"] == 2
     assert judged[1]["det3d"]["Car"].keys() == {"n", *eval_boxes.TITLES}
