@@ -234,11 +234,15 @@ def other_settings(runs, first):
     """Notes to print about runs, {name: Trained}, that are not asked quite what the first one is."""
     notes = []
     for name, run in runs.items():
-        fields = ("places", "num_points", "image_scale")
-        differ = [field for field in fields if getattr(run.c, field) != getattr(first.c, field)]
+        differ = differing(run.c, first.c, "places", "num_points", "image_scale")
         if differ:
             notes.append(f"note: {name} is judged with its own {', '.join(differ)}, others than the first run's")
     return notes
+
+
+def differing(c, other, *fields):
+    """Which of these fields two Configs have other values of."""
+    return [field for field in fields if getattr(c, field) != getattr(other, field)]
 
 
 def unlike_control(control, first):
@@ -247,8 +251,7 @@ def unlike_control(control, first):
     control_saw, first_saw = (run.saved["step"] * run.c.batch_size for run in (control, first))
     if control_saw != first_saw:
         notes.append(f"note: the control has seen {control_saw} frames, the first run {first_saw}")
-    fields = ("image_encoder", "point_features", "use_xyz", "inter_stages")
-    differ = [field for field in fields if getattr(control.c, field) != getattr(first.c, field)]
+    differ = differing(control.c, first.c, "image_encoder", "point_features", "use_xyz", "inter_stages")
     if differ:
         notes.append(f"note: the control has another {', '.join(differ)} than the first run")
     return notes
