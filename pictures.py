@@ -81,15 +81,11 @@ def _dot(count, area=42):
 
 def from_above(axis, title, left=True):
     axis.set_title(title, fontsize=SMALL_TITLE)
-    axis.set_aspect("equal")
-    axis.set_xlabel("right, m")
-    if left:
-        axis.set_ylabel("forward, m")
+    axis.set(aspect="equal", xlabel="right, m", ylabel="forward, m" if left else "")
 
 
 def limit_to_image(axis, height, width):
-    axis.set_xlim(-0.5, width - 0.5)
-    axis.set_ylim(height - 0.5, -0.5)
+    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 # -----------------------------------------------------------------------------
@@ -151,16 +147,16 @@ def draw_depth_curves(log_path, path):
     judged = [line for line in lines if "depth" in line]
     if not log:
         return
-    errors = [curve(log, [line["abs_rel"] for line in log], color="tab:blue", label="training crops")]
+    errors = [curve(log, [100 * line["abs_rel"] for line in log], color="tab:blue", label="training crops")]
     if judged:
-        unseen = [line["depth"]["eigen"]["abs_rel"] for line in judged]
+        unseen = [100 * line["depth"]["eigen"]["abs_rel"] for line in judged]
         errors.append(curve(judged, unseen, color="tab:green", marker="o", ms=3, label="unseen images"))
     panels = {
         "loss": [curve(log, [line["loss"] for line in log], label="SigLoss")],
-        "relative error (abs_rel)": errors,
+        "abs_rel, %": errors,
         "learning rate": [curve(log, [line["lr"][0] for line in log], label="AdamW")],
     }
-    draw_panels(panels, path)
+    draw_panels(panels, path, logarithmic=["abs_rel, %"])
 
 
 def draw_against_frames(lines, title, path):
@@ -178,9 +174,9 @@ def draw_against_frames(lines, title, path):
     save_figure(figure, path, dpi=110)
 
 
-def draw_panels(panels, path):
-    """{title: [(x, y, style)]}, side by side. Nothing is drawn where there is nothing to draw, as for a finished run
-    whose log was deleted.
+def draw_panels(panels, path, logarithmic=()):
+    """{title: [(x, y, style)]}, side by side; those in `logarithmic` have a log scale. Nothing is drawn where there is
+    nothing to draw, as for a finished run whose log was deleted.
     """
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
@@ -190,8 +186,11 @@ def draw_panels(panels, path):
     for axis, (title, curves) in zip(axes, panels.items()):
         for x, y, style in curves:
             axis.plot(x, y, **style)
-        axis.set_title(title)
-        axis.set_xlabel("step")
+        if title in logarithmic:
+            plain = _matplotlib().ticker.LogFormatter()
+            axis.set_yscale("log")
+            axis.yaxis.set(major_formatter=plain, minor_formatter=plain)
+        axis.set(title=title, xlabel="step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     save_figure(figure, path, dpi=110)
@@ -748,8 +747,7 @@ def draw_depth(image, prediction, truth, path, title, high=None):
     lower_right.set_title(what, fontsize=SMALL_TITLE)
     for axis in axes.flat:
         limit_to_image(axis, height, width)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
     percent = lambda x, _: f"{100 * x:.0f} %"
     upper = [upper_left, upper_right]
     figure.colorbar(wrong, ax=upper, label="relative error", extend="max", pad=0.01, format=percent)
