@@ -393,7 +393,13 @@ def draw_curve(options, found, task):
         lines[name] = {}
         for count in sorted(options.frames):
             variant, _ = line.get(count) or line[None]  # a start that needs no frames lies flat
-            lines[name][count] = [factor * figure(found[variant, seed], key) for seed in options.seeds]
+            values = [figure(found[variant, seed], key) for seed in options.seeds]
+            if None not in values:  # it is, where a branch is missing
+                lines[name][count] = [factor * value for value in values]
+    lines = {name: line for name, line in lines.items() if line}
+    if not lines:
+        print(f"{options.curve} is not written: there is no {column} in any judgement")
+        return
     pictures.draw_against_frames(lines, column, options.curve)
     print(f"wrote {options.curve}")
 

@@ -35,7 +35,7 @@ class Anchor:
     width: float
     length: float
     height: float
-    bottom: float  # z of
+    bottom: float  # z of its lower face
     positive: float  # from here on an anchor is the object's
     negative: float  # below it is background
     least: float  # from here on at least an object's best anchor is taken

@@ -177,7 +177,7 @@ def check_options(o):
 
 
 def changed_fields(o, cuda):
-    """What differs from a preset, in either task: fields of its config."""
+    """What differs from a preset, in every task: fields of its config."""
     samples = o.samples or (8 if cuda else 2)
     workers = o.workers
     if workers is None:
@@ -202,9 +202,9 @@ def checked_frames(script, c, run):
 
 def refuse(o, *flags):
     """Raises BadInput where one of these was given to a task that has no such size."""
-    if any(getattr(o, flag) is not None for flag in flags):
-        names = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
-        raise BadInput(f"{names}: not of --task {o.task}")
+    given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(o, flag) is not None]
+    if given:
+        raise BadInput(f"{', '.join(given)}: not of --task {o.task}")
 
 
 def pretraining(o, run, scratch):

@@ -79,7 +79,7 @@ class Frame:
 
     @property
     def calibrations(self):
-        """A folder, in name at least, of the frames whose calibration is right or wrong with this one's."""
+        """A path that frames with the same calibration share: data_check.py judges them together."""
         return self.calib[0].parent
 
     @property

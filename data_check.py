@@ -368,7 +368,7 @@ def compare_splits(root, splits, findings):
         )
     train, val = ({f.drive for f in splits[split] if f.drive} for split in ("train", "val"))
     shared = sorted(train & val)
-    subject = f"{root}, raw drives of train and val"
+    subject = f"{root}, recordings of train and val"
     if shared:
         few = ", ".join(shared[:3])
         findings.add(findings.notes, f"{subject}: {len(shared)} are in both, {few}; neighbours look alike")
@@ -455,7 +455,7 @@ def print_summary(root, split_frames, frames, listed, frame_stride, found, findi
     read = "every file read" if len(frames) == listed else f"only {len(frames)} of them read (--max-frames)"
     row("frames", f"{listed}, {read}")
     if frame_stride > 1 and not data_kitti.is_object_layout(root):
-        row("", f"(every {frame_stride}th of each drive: --frame-stride)")
+        row("", f"(one in {frame_stride} of each recording: --frame-stride)")
     sizes = Counter(result["size"] for result in found if "size" in result)
     row("image sizes", counts([(f"{width} x {height}:", n) for (width, height), n in sizes.most_common()]))
     seen = [result for result in found if "in_view" in result]

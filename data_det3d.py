@@ -99,11 +99,11 @@ def read_scene(frame, keep_rows=1, protocol=KITTI, columns=4, labelled=True):
     if protocol.in_view:
         uv, depth = data.project(points.astype(np.float64), lidar2img)
         points = points[data.inside_image(uv, depth, image.shape[1], image.shape[0])]
-    types, numbers = np.zeros(0, "U1"), np.zeros((0, 14))
+    types, numbers, boxes = np.zeros(0, "U1"), np.zeros((0, 14)), np.zeros((0, 7))
     if labelled and not frame.name.startswith("testing/"):
         types, numbers = data_kitti.read_labels(frame.label)
-    _, velo2cam = data_kitti.split_projection(frame)
-    boxes = ops_boxes.label_to_box(numbers[:, 7:14], velo2cam)
+        _, velo2cam = data_kitti.split_projection(frame)
+        boxes = ops_boxes.label_to_box(numbers[:, 7:14], velo2cam)
     names = protocol.classes
     classes = np.array([names.index(t) if t in names else -1 for t in types], np.int64)
     return Scene(image, points, lidar2img, boxes, classes, numbers[:, 3:7], names)

@@ -23,6 +23,7 @@ import data
 import data_det3d
 import data_kitti
 import data_nuscenes
+import data_sets
 import ops_boxes
 from files import BadInput
 
@@ -73,11 +74,15 @@ def mirror(boxes, velocity):
 # frames
 
 
-def pool_frames(c, roots, splits, flag="--splits"):
-    """Labelled frames of the data set of c, finetune_mono3d.Config -> frames, notes to print. Raises BadInput."""
+def pool_frames(c, roots, splits, flag="--splits", frame_stride=1):
+    """Labelled frames of the data set of c, finetune_mono3d.Config -> frames, notes to print.
+
+    frame_stride: of nuScenes, keep every n-th sample. Raises BadInput.
+    """
     if c.dataset == "kitti":
+        data_sets.refuse_waymo(roots)
         return data_det3d.pool_frames(roots, splits, c.skip_missing, flag)
-    rules = c.cameras, c.version, c.frame_stride, c.skip_missing, flag
+    rules = c.cameras, c.version, frame_stride, c.skip_missing, flag
     frames, notes = data_nuscenes.pool_frames(roots, splits, *rules, clouds=False)
     for tables in frames.sources:
         _ = tables.labels  # read now, before processes are forked

@@ -218,7 +218,7 @@ def pool_frames(
             grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
             found = _on_disk(tables, grid, True, clouds) if skip_missing else grid
             if not len(found):
-                raise BadInput(f"{tables.folder}: no frames of {flag} {split}{_of_many(tables, grid)}")
+                raise BadInput(f"{tables.folder}: no frames of {flag} {split}{_of_many(tables, grid, clouds)}")
             if len(found) < len(grid):
                 lacking = "image or cloud" if clouds else "image"
                 left_out = f"{len(grid) - len(found)} without {lacking} left out"
@@ -274,11 +274,13 @@ def _on_disk(tables, cells, skip_missing, clouds):
     return cells[there.all(1)]
 
 
-def _of_many(tables, cells):
+def _of_many(tables, cells, clouds):
+    """Words behind "no frames", of cells (n, 2) that all lack a file."""
     if not len(cells):
         return ""
-    name = tables.paths(*cells[0])[0]
-    return f" has image and cloud, of {len(cells)}: {name} may be the first to look for"
+    lacking = int(np.argmin(tables.sizes(cells[:1])[0, : 1 + clouds] > 0))
+    path = tables.paths(*cells[0])[lacking]
+    return f": all {len(cells)} lack their {'image or cloud' if clouds else 'image'}, the first one {path}"
 
 
 # -----------------------------------------------------------------------------
@@ -587,7 +589,9 @@ def _read_frames(folder):
     of_log = _places(scene.log_token, log.token, table["scene"], "log_token", "log")
     row = _places(shot.sample_token, sample.token, table["sample_data"], "sample_token", "sample")
     of_ego = _places(shot.ego_pose_token, ego.token, table["sample_data"], "ego_pose_token", "ego_pose")
-    of_calib = _places(shot.calibrated_sensor_token, calib.token, table["sample_data"], "token", "calibrated_sensor")
+    of_calib = _places(
+        shot.calibrated_sensor_token, calib.token, table["sample_data"], "calibrated_sensor_token", "calibrated_sensor"
+    )
 
     N, column = len(sample.token), channel[of_calib]
     files = np.zeros((N, len(CHANNELS)), shot.filename.dtype)

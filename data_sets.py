@@ -31,6 +31,13 @@ def name_of(root):
     return "KITTI raw"
 
 
+def refuse_waymo(roots):
+    """Raises BadInput for a folder of Waymo's, which is in KITTI's layout, but labels other classes."""
+    for root in roots:
+        if name_of(root) == "Waymo, converted":
+            raise BadInput(f"{root}: Waymo, converted; its labels are not of KITTI's classes")
+
+
 def all_nuscenes(roots):
     """Whether the folders are nuScenes'. Raises BadInput where some are and others are not: splits of one name would be
     different things.

@@ -65,6 +65,7 @@ SPLITS = {"training": ("training", "train"), "validation": ("training", "val"), 
 
 # What lies before the camera, of the range that is usual for detection on Waymo (mmdetection3d: 76.8 m, 51.2 m; z from
 # -2 to 4). z = 0 is the road. Half of a front image's edges
+STALE = 3600  # seconds: no file takes so long to write, on any of the machines that convert into one folder
 RIG = data.Rig((0.0, -51.2, -2.0, 76.8, 51.2, 4.0), center=(38.4, 0.0, 1.0), ground=0.0, box=(960, 640))
 
 # Waymo's camera axes (x ahead, y left, z up) to KITTI's (x right, y down, z ahead)
@@ -612,7 +613,7 @@ def begin(out, o, splits):
     for folder in folders:
         with disk_errors(out):
             (out / folder).mkdir(parents=True, exist_ok=True)
-            remove_stale(out / folder)
+            remove_stale(out / folder, age=STALE)
 
 
 def write_lists(out):
@@ -696,10 +697,7 @@ def finish(errors, what):
 
 
 def main():
-    try:
-        runtime.commands({"convert": convert}, __doc__)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from here") from None
+    runtime.commands({"convert": convert}, __doc__)
 
 
 if __name__ == "__main__":

@@ -142,10 +142,13 @@ def build_image_encoder(name, deformable=()):
         return ResNet(int(name[6:]), deformable)
     if not name.startswith("timm:"):
         raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # they depend on weights a little, and must be the same in every run
+        offsets_of = build_timm_encoder(name)
     encoder = build_timm_encoder(name)
     encoder.map_channels, encoder.strides = encoder.feature_info.channels(), encoder.feature_info.reduction()
     encoder.channels, encoder.arch = encoder.map_channels[-1], name
-    encoder.offsets = measure_offsets(encoder, encoder.strides)
+    encoder.offsets = measure_offsets(offsets_of, encoder.strides)
     return encoder
 
 

@@ -33,6 +33,7 @@ import data_depth
 import data_det3d
 import data_kitti
 import data_mono3d
+import data_sets
 import encoders
 import eval_boxes
 import eval_depth
@@ -91,7 +92,7 @@ def load_run(path, device="cpu"):
     return Trained(model.to(device).eval(), c, saved)
 
 
-def names_of(paths, taken=()):
+def labels_of(paths, taken=()):
     """{name for a table: path}: a run's folder, or a file, with as much of the path before it as makes all of them
     different from each other and from the names that are `taken`.
     """
@@ -113,7 +114,7 @@ def choose_frames(c, data_root, splits, limit, frame_stride):
         raise BadInput("--data-root, --splits: the run has no --eval-splits, so say which frames to judge on")
     roots, named = data_root or c.eval_root or c.data_root, bool(splits)
     version = "auto" if data_root else c.version
-    asked = dataclasses.replace(c, frame_stride=frame_stride, version=version)
+    asked = dataclasses.replace(c, frame_stride=frame_stride or c.frame_stride, version=version)
     frames = simipu.find_frames(asked, roots, splits or c.eval_splits, named, limit or c.eval_frames)
     if len(frames) < 2:
         where = f"--data-root {' '.join(map(str, roots))}"
@@ -170,7 +171,7 @@ def match(
     data_root: tuple[str, ...] = (),
     splits: tuple[str, ...] = (),
     frames: int | None = None,
-    frame_stride: int = 1,
+    frame_stride: int | None = None,
     json: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ):
@@ -184,7 +185,8 @@ def match(
             first run.
         splits: Their splits; by default the first run's --eval-splits.
         frames: At most so many, evenly spread; by default the first run's --eval-frames.
-        frame_stride: Of the raw layout, keep every n-th frame of a drive.
+        frame_stride: Keep every n-th frame of a raw drive or sequence, and of nuScenes' keyframes; by default as the
+            first run did.
         json: File to write all figures to, and the sums of each frame: {name: eval_match.match's dict}.
         device: auto is the GPU if there is one.
     """
@@ -193,7 +195,7 @@ def match(
         raise BadInput("match: no checkpoint given")
     process = runtime.start_run(device)
     device = process.device
-    names = names_of(checkpoints, ("random", "wrong pairs"))
+    names = labels_of(checkpoints, ("random", "wrong pairs"))
     runs = {name: load_run(path, device) for name, path in names.items()}
     first = next(iter(runs.values()))
     if control:
@@ -268,7 +270,7 @@ def probe(
     data_root: tuple[str, ...] = (),
     splits: tuple[str, ...] = (),
     frames: int | None = None,
-    frame_stride: int = 1,
+    frame_stride: int | None = None,
     points: int = 512,
     stage: Literal[0, 3, 4] = 0,
     device: Literal["auto", "cuda", "cpu"] = "auto",
@@ -282,7 +284,8 @@ def probe(
         data_root: Folders with the frames, of any data set; by default those of the run.
         splits: Their splits; by default the run's --eval-splits.
         frames: At most so many, evenly spread; by default the run's --eval-frames.
-        frame_stride: Of the raw layout, keep every n-th frame of a drive.
+        frame_stride: Keep every n-th frame of a raw drive or sequence, and of nuScenes' keyframes; by default as the
+            run did.
         points: LiDAR points per frame.
         stage: Of the image encoder. 0 is the last, or the one before where images have fewer than 128 rows.
         device: auto is the GPU if there is one.
@@ -293,18 +296,18 @@ def probe(
     c = run.c
     if not c.inter_weight:
         raise BadInput(f"{checkpoint}: trained without an image encoder (--inter-weight 0)")
-    own, *others = names_of([checkpoint, *also], ("position", "random")).items()
+    own, *others = labels_of([checkpoint, *also], ("position", "random")).items()
     chosen = choose_frames(c, data_root, splits, frames, frame_stride)
     if len(chosen) < 3:
         need = "probing needs three frames or more, to fit, to choose the ridge's strength, and to score"
-        raise BadInput(f"--frames {len(chosen)}: {need}")
+        raise BadInput(f"{len(chosen)} frames chosen by --data-root, --splits and --frames: {need}")
 
     torch.manual_seed(c.seed)
     networks = {own[0]: run.model.img_backbone, "random": encoders.build_image_encoder(c.image_encoder).to(device)}
     files, loaded = {own[0]: run.saved}, []
     for name, path in others:
         encoder = encoders.build_image_encoder(c.image_encoder)
-        loaded.append(weights.load_image_encoder(encoder, path))
+        loaded.append(weights.load_image_encoder(encoder, path, flag="--also"))
         networks[name] = encoder.to(device)
         files[name] = contents_of_run(weights_named.find(path, c.image_encoder, "--also").path)
     rows = eval_match.probe(networks, chosen, c, device, points, stage)
@@ -354,7 +357,7 @@ def show(
 
     Args:
         checkpoint: last.pt of a run.
-        data_root: Folder of any data set. Not given: the folders the run was trained on.
+        data_root: Folder of any data set. Not given: the folders that the run has the split in.
         split: Of that data set. Not given: the run's --eval-splits, or its --splits.
         frame: Index into the split, or a frame's name, such as training/000003.
         seed: Of the augmentation that is drawn: another seed, another image scale, flip and second view.
@@ -404,9 +407,8 @@ def show(
 
 def frames_to_show(c, data_root, split):
     """All frames of the split that was asked for, or of those that the run with Config c was judged on, or trained."""
-    roots, splits = c.data_root, c.eval_splits or c.splits
-    if c.eval_root:
-        roots = c.eval_root
+    judged = split in c.eval_splits if split else bool(c.eval_splits or c.eval_root)
+    roots, splits = (c.eval_root or c.data_root, c.eval_splits) if judged else (c.data_root, c.splits)
     if data_root:
         roots, c = [data_root], dataclasses.replace(c, version="auto")
     if split:
@@ -464,7 +466,8 @@ def depth(
         depth_root: Folder of ground truth; by default the run's, or where --data-root is given, the same.
         splits: Split files, or names in ImageSets/; by default the --eval-splits of the run or the preset.
         frames: At most so many images, evenly spread; 0 for all; by default the run's --eval-frames.
-        frame_stride: Of raw drives without split files: keep every n-th frame; by default the run's.
+        frame_stride: Without split files: keep every n-th frame of a drive, a sequence, or of nuScenes' keyframes; by
+            default as the run did.
         skip_missing: Leave out pairs that lack a file, instead of stopping at them.
         save: Folder to write predictions to, as 16-bit PNGs at the images' size, and pictures of some beside their
             ground truth.
@@ -595,6 +598,8 @@ def det3d(
         if protocol and protocol != c.protocol:
             raise BadInput(f"--protocol {protocol}: {source} was trained for {c.protocol}")
         roots, named = data_root or c.eval_root or c.data_root, splits or c.eval_splits or ("val",)
+        if c.protocol == "kitti":
+            data_sets.refuse_waymo(roots)
         limit = c.eval_frames if frames is None else frames
         chosen = frames_to_detect(roots, named, limit, skip_missing or c.skip_missing)
         labelled = "test" not in named

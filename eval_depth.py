@@ -7,7 +7,8 @@ Maps are float metres (H, W), in files 16-bit PNGs of metres x 256 (KITTI) or x 
 there is none. A figure is one image's first, then the mean over images. Two protocols, which are not to be mixed:
 
     Eigen style   `eigen_metrics`: ground truth within a range of depths and a crop, predictions clipped to that range;
-                  KITTI's maps are cut by `kb_crop` before. This is what papers print, and `PUBLISHED` has.
+                  KITTI's maps are cut by `data_depth.without_border` before. This is what papers print, and
+                  `PUBLISHED` has.
     benchmark     `benchmark_metrics`: all ground truth, as it is, by the leaderboard's names and units.
 
 The first agrees, on real maps and to 2e-7, with Monocular-Depth-Estimation-Toolbox, which SimIPU's depth results were
@@ -64,14 +65,6 @@ PUBLISHED = {dataset: {name: dict(zip(EIGEN, row)) for name, row in rows.items()
 
 # -----------------------------------------------------------------------------
 # metrics
-
-
-def kb_crop(depth):
-    """KITTI's maps as they are scored: (..., H, W) -> (..., 352, 1216), numpy or torch. Raises BadInput for a smaller
-    one.
-    """
-    rows, columns = kb_window(*depth.shape[-2:])
-    return depth[..., rows, columns]
 
 
 def crop_mask(height, width, crop):

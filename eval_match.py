@@ -56,8 +56,8 @@ class Unseen:
         return data.view(self.dataset, [(0, i) for i in indices], self.box, self.device)
 
     def groups(self, indices):
-        """Batches as large as training makes them, for batch norm."""
-        group = self.dataset.c.group
+        """Batches as large as a pass of training on one process, for batch norm."""
+        group = min(self.dataset.c.group, self.dataset.c.batch_size)
         return (self.batch(indices[i : i + group]) for i in range(0, len(indices), group))
 
     def first_groups(self):

@@ -233,7 +233,7 @@ def report(c, found, truth):
 
 
 def draw(model, frames, c, device, path):
-    """Picture of the frame with the most objects in sight, of the first few; -> what was found, in words."""
+    """Picture of the frame with the most objects in sight, of 60 evenly spread ones; -> what was found, in words."""
     few = data.evenly_spread(range(len(frames)), 60)
     most = max(few, key=lambda i: len(data_mono3d.read_view(frames[i]).kinds))
     (found,) = detections(model.eval(), frames, [most], c, device)

@@ -13,6 +13,7 @@ import pickle
 import re
 import stat
 import textwrap
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -50,8 +51,8 @@ def disk_errors(path):
 def writing(path):
     """A file that appears whole or not at all. -> the path to write to instead, which takes its place at the end.
 
-    That path holds the number of the process, so that two processes which write the same file cannot mix what they
-    write. Raises BadInput as `disk_errors` does.
+    That path holds the number of the process, so that two processes of a machine which write the same file cannot mix
+    what they write. Raises BadInput as `disk_errors` does.
     """
     path = Path(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp{path.suffix}")
@@ -64,12 +65,16 @@ def writing(path):
             temporary.unlink()
 
 
-def remove_stale(folder):
-    """Remove what `writing` has left half-done in a folder, of processes that no longer live on this machine."""
+def remove_stale(folder, age=0):
+    """Remove what `writing` has left half-done in a folder, `age` seconds ago or more, of processes that do not live on
+    this machine. Where other machines write, too, age tells what they have left from what they are writing.
+    """
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match and not lives(int(match[1])):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= age:
+                    path.unlink()
 
 
 def lives(pid):

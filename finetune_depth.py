@@ -142,7 +142,7 @@ class Config:
     epochs: int = 24
     """The rate follows one cycle over all of them, so another number is another run."""
     max_steps: int = 0
-    """Steps of that cycle, whatever epochs says; 0: no limit."""
+    """Steps of that cycle, in place of those epochs; 0: as many as they make."""
     lr: float = 1e-4
     """AdamW's, at the top of the cycle; betas (.95, .99)."""
     weight_decay: float = 0.01
@@ -384,6 +384,9 @@ def load_frames(c, run):
         notes += more
     flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag)
+    if isinstance(train, data.Frames):  # else nothing tells the drives
+        shared = data.shared_drives(train, held_out, flag)
+        notes += [shared] if shared else []
     train = data.share_of(train, c.labels)
     return train, held_out, "\n".join(notes) or None
 

@@ -43,6 +43,7 @@ from torch import nn
 
 import data
 import data_det3d
+import data_sets
 import encoders
 import eval_boxes
 import ops_sparse
@@ -154,7 +155,7 @@ class Config:
     epochs: int = 80
     """The release's 40 epochs, each of the training set twice. The rate follows a cosine over all of them."""
     max_steps: int = 0
-    """Steps of that cosine, whatever epochs says; 0: no limit."""
+    """Steps of that cosine, in place of those epochs; 0: as many as they make."""
     lr: float = 3e-3
     """Of all but the image branch: AdamW, betas (.95, .99), weight decay .01."""
     image_lr: float = 5e-3
@@ -508,8 +509,11 @@ def check_config(c, world):
 
 def load_frames(c, run):
     """-> frames to train on, frames held out, notes to print. Raises BadInput as data_det3d.pool_frames, and for frames
-    that are not those of the protocol, or whose points lack a number."""
+    that are not those of the protocol, or whose points lack a number.
+    """
     synthetic.write_scenes(c, run)
+    if c.protocol == "kitti":
+        data_sets.refuse_waymo((*c.data_root, *c.eval_root))
     train, notes = runtime.main_first(run, lambda: data_det3d.pool_frames(c.data_root, c.splits, c.skip_missing))
     held_out, flag = [], runtime.held_out_flag(c)
     if c.eval_splits or c.eval_root:

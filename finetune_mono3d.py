@@ -75,7 +75,7 @@ class Config:
     version: str = "auto"
     """Of nuScenes: the folder of tables, such as v1.0-mini. auto: the one that a split is of."""
     frame_stride: int = 1
-    """Of nuScenes: keep every n-th sample."""
+    """Of nuScenes: train on every n-th sample. All are judged on, but for --eval-frames."""
     skip_missing: bool = False
     """Leave out frames that lack an image (KITTI: or a cloud), instead of stopping at them."""
     synthetic_frames: int = 0
@@ -119,7 +119,7 @@ class Config:
     epochs: int = 12
     """The rate falls to a tenth after 8 and 11 twelfths of them."""
     max_steps: int = 0
-    """Steps in place of those epochs; 0: no limit."""
+    """Steps in place of those epochs; 0: as many as they make."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd is the release's: momentum .9, weight decay 1e-4, biases at twice the rate and without decay."""
     lr: float = 8e-3
@@ -544,10 +544,12 @@ def check_config(c, world):
 def load_frames(c, run):
     """-> frames to train on, frames held out, notes to print. Raises BadInput as data_mono3d.pool_frames."""
     synthetic.write_scenes(c, run)
-    train, notes = runtime.main_first(run, lambda: data_mono3d.pool_frames(c, c.data_root, c.splits))
+    asked = c.data_root, c.splits, "--splits", c.frame_stride
+    train, notes = runtime.main_first(run, lambda: data_mono3d.pool_frames(c, *asked))
     held_out, flag = [], runtime.held_out_flag(c)
     if c.eval_splits or c.eval_root:
-        held_out, more = data_mono3d.pool_frames(c, c.eval_root or c.data_root, c.eval_splits, "--eval-splits")
+        judged = c.eval_root or c.data_root, c.eval_splits, "--eval-splits"
+        held_out, more = runtime.main_first(run, lambda: data_mono3d.pool_frames(c, *judged))
         held_out = data_mono3d.few_samples(held_out, c.eval_frames)
         notes += more
     data.check_unseen(train, held_out, flag, data_mono3d.inventory)

@@ -59,14 +59,14 @@ class Config:
     """Folders of any of the data sets, known by what lies in them (data_sets.py); several are pooled."""
     splits: tuple[str, ...] = ("train", "test")
     """Names of lists in ImageSets/: of frames, or of raw drives, where () takes them all. Of nuScenes: train, val,
-    test, mini_train, mini_val.
+    test, mini_train, mini_val. Of KITTI's odometry: train, val, test, or sequences such as 04.
     """
     cameras: tuple[str, ...] = data_nuscenes.CAMERAS
     """Of nuScenes: which cameras."""
     version: str = "auto"
     """Of nuScenes: the folder of tables, such as v1.0-mini. auto: the one that a split is of."""
     frame_stride: int = 1
-    """Of the raw layout: keep every n-th frame of a drive."""
+    """Keep every n-th frame of a raw drive or sequence, and of nuScenes' keyframes."""
     train_frames: int = 0
     """Train on at most so many frames, evenly spread; 0: on all."""
     skip_missing: bool = False
@@ -125,7 +125,7 @@ class Config:
     epochs: int = 200
     """The rate follows one cosine over all of them, so another number is another run."""
     max_steps: int = 0
-    """Steps of that cosine, whatever epochs says; 0: no limit."""
+    """Steps of that cosine, in place of those epochs; 0: as many as they make."""
     lr: float = 0.03
     """Of SGD, momentum .9, weight decay 1e-4, at the start. With optimizer=adamw use 1e-3."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -381,11 +381,11 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(c.queue, c.embed_dim), dim=1))
         self.register_buffer("queue_frames", torch.full((c.queue,), -1))  # whose keys they are; -1: random, of none
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # in the queue, of the oldest
-        self.norms = [m for m in self.encoder_k.modules() if isinstance(m, _BatchNorm)]
-        for norm in self.norms:
-            norm.register_forward_pre_hook(self.measure)
+        for norm in self.encoder_k.modules():
+            if isinstance(norm, _BatchNorm):
+                norm.register_forward_pre_hook(self.measure)
         self.steps = 0  # done: without any there are no statistics of steps before
-        self.fresh, self.seen = [], []  # of this step's passes: (keys, frames); statistics of all norms' inputs
+        self.fresh, self.seen = [], {}  # of this step's passes: (keys, frames); {norm: statistics of its inputs}
 
     def train(self, mode=True):
         super().train(mode)
@@ -396,10 +396,10 @@ class MoCo(nn.Module):
         """The key encoder becomes the query encoder's copy: where training starts."""
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
 
-    def measure(self, _, inputs):
+    def measure(self, norm, inputs):
         x = encoders.full_precision(inputs[0])
         var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
-        self.seen.append(torch.stack([mean, var]))  # (2, C)
+        self.seen.setdefault(norm, []).append(torch.stack([mean, var]))  # (2, C)
 
     def forward(self, batch, report=True):
         query = self.encoder_q(batch["query"])
@@ -423,10 +423,10 @@ class MoCo(nn.Module):
         """
         keys, frames = zip(*self.fresh)
         self.enqueue(*(in_order(torch.stack(rows)) for rows in (keys, frames)))
-        if self.norms:
-            passes = torch.cat(self.seen, 1).view(2, len(self.fresh), -1)
-            self.keep_statistics(over_ranks(passes.mean(1)))
-        self.fresh, self.seen = [], []
+        if self.seen:
+            found = torch.cat([torch.stack(passes).mean(0) for passes in self.seen.values()], 1)
+            self.keep_statistics(over_ranks(found))
+        self.fresh, self.seen = [], {}
         self.steps += 1
         self.encoder_k.eval()
         own, theirs = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
@@ -439,14 +439,14 @@ class MoCo(nn.Module):
         self.position.copy_((self.position + len(keys)) % len(self.queue))
 
     def keep_statistics(self, statistics):
-        """statistics (2, sum of C): mean and variance of the inputs of all batch norms, in the order of use.
+        """statistics (2, sum of C): mean and variance of the inputs of the norms in `seen`, one after the other.
 
         They are the mean of all steps so far, and later a running one as slow as the weights. Were they quicker, all
         keys of some steps would have something in common, and queries would learn that: new keys from old ones.
         """
         weight = max(1 / (self.steps + 1), 1 - self.c.momentum)
-        means, variances = (part.split([norm.num_features for norm in self.norms]) for part in statistics)
-        for norm, mean, var in zip(self.norms, means, variances):
+        means, variances = (part.split([norm.num_features for norm in self.seen]) for part in statistics)
+        for norm, mean, var in zip(self.seen, means, variances):
             norm.running_mean.lerp_(mean, weight)
             norm.running_var.lerp_(var, weight)
 

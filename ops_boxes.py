@@ -12,8 +12,8 @@ middle of the *bottom* in the rectified camera's frame (x right, y down, z ahead
 there to -z.
 
 Every function returns what it was given: arrays for arrays, tensors on their device for tensors, in the precision that
-numpy and torch promote to. None but `label_to_box` and, on a CPU, `nms` waits for a device. There are no matrix
-products, which a GPU may run in TF32: three digits are not a place.
+numpy and torch promote to. Only `label_to_box` waits for a GPU. There are no matrix products, which a GPU may run in
+TF32: three digits are not a place.
 """
 
 import math

@@ -475,14 +475,14 @@ def bilinear_sample_torch(feature_map, uv):
     B, C, H, W = feature_map.shape
     u, v = uv.nan_to_num(-2.0).unbind(2)
     u, v = u.clamp(-2, W + 1), v.clamp(-2, H + 1)  # beyond is all zero anyway
-    left, top = u.detach().floor(), v.detach().floor()
+    left, top = u.detach().floor().long(), v.detach().floor().long()
     x = torch.stack([left, left + 1, left, left + 1], 2)  # (B, N, 4)
     y = torch.stack([top, top, top + 1, top + 1], 2)
     du, dv = u - left, v - top
     weight = torch.stack([1 - du, du, 1 - du, du], 2) * torch.stack([1 - dv, 1 - dv, dv, dv], 2)
     inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
     image = torch.arange(B, device=uv.device)[:, None, None]
-    row = torch.where(inside, (image * H + y) * W + x, 0).long()
+    row = torch.where(inside, (image * H + y) * W + x, 0)
     wide = torch.promote_types(feature_map.dtype, torch.float32)
     table = feature_map.permute(0, 2, 3, 1).reshape(B * H * W, C).to(wide)
     weight = torch.where(inside, weight, 0).to(wide)

@@ -174,9 +174,13 @@ def split_batch(c, world):
 
     -> group; passes of each process; the same in words. Raises BadInput where it does not come out even.
     """
+    check_range(c, "group", 1, 1e9, "1 or more")
     group = min(c.group, c.batch_size // world)
-    if group < 1 or c.batch_size % (group * world):
-        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of --group {group} x {world} processes")
+    if not group:
+        raise BadInput(f"--batch-size {c.batch_size}: fewer frames than the {world} processes")
+    if c.batch_size % (group * world):
+        passes = f"{world} processes x passes of {group} frames (--group {c.group})"
+        raise BadInput(f"--batch-size {c.batch_size}: not a multiple of {passes}")
     accumulate = c.batch_size // (group * world)
     words = f"a step: {c.batch_size} frames = {world} processes x {accumulate} passes x {group} frames"
     if group < min(c.group, c.batch_size):

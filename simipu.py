@@ -192,7 +192,7 @@ class Config:
     epochs: int = 100
     """Paper: 50 to 100."""
     max_steps: int = 0
-    """Stop after this many steps whatever epochs says; 0: no limit."""
+    """Steps in place of those epochs; 0: as many as they make."""
     point_lr: float = 1e-3
     """AdamW (.95, .99), weight decay .01, for the point encoder."""
     image_lr: float = 0.03
@@ -241,7 +241,7 @@ PRESETS = {
             name="demo", data_root=("data/synthetic",), synthetic_frames=64, splits=("train",), eval_splits=("val",),
             num_points=4096, workers=1, image_scale=(512, 160),
             image_encoder="resnet18", places=128, point_hidden=256, image_hidden=512,
-            batch_size=4, epochs=1000, max_steps=140, image_optimizer="adamw", image_lr=1e-3,
+            batch_size=4, max_steps=140, image_optimizer="adamw", image_lr=1e-3,
             log_every=5, save_every=35, eval_every=35,
         ),
     ),
@@ -642,7 +642,7 @@ def train(c):
     lines = data.inventory(frames)
     inventory, fingerprint, drives = data.digests(lines), data.fingerprint(lines), sorted(data.drives_of(frames))
     steps_per_epoch = len(frames) // c.batch_size
-    steps = min(c.epochs * steps_per_epoch, c.max_steps or math.inf)
+    steps = c.max_steps or c.epochs * steps_per_epoch
     identity = runtime.as_json(c, without=FREE) | {"group": group, "frames": fingerprint}
     if c.gather_negatives:
         identity["processes"] = run.world
@@ -712,7 +712,7 @@ def train(c):
 
 
 def untrained(c, device):
-    """The run's own network at step 0: what a trained one is judged beside."""
+    """A network like the run's with random weights, those of --init too: what the trained one is judged beside."""
     torch.manual_seed(c.seed)
     return SimIPU(c).to(device)
 

@@ -46,10 +46,14 @@ def start(kind, folder, name, lines):
 
 
 def figures(line):
-    """The numbers in a line of log.jsonl, those of nested dicts and lists too: {"match/right_rank": 7.5}."""
+    """The numbers in a line of log.jsonl, those of nested dicts and lists too: {"match/right_rank": 7.5}. Those of each
+    frame that a judgement has are too many to show.
+    """
     found = {}
     items = line.items() if isinstance(line, dict) else enumerate(line)
     for key, value in items:
+        if key == "per_frame":
+            continue
         if isinstance(value, (dict, list)):
             found |= {f"{key}/{inner}": number for inner, number in figures(value).items()}
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
@@ -104,19 +108,19 @@ class WandB:
         except Exception as e:  # its own errors, and those of the network
             said = str(e).strip().splitlines() or [type(e).__name__]
             raise BadInput(f"--track wandb: {said[0]}; WANDB_MODE=offline needs no network") from None
-        self.start = self.step  # its figures, and those before, are there
+        self.start = self.step  # figures up to this step are there, but its judgement may be owed
 
     def add(self, line):
         """A line of log.jsonl. Several may be of one step."""
-        if line["step"] <= self.start:
+        if "config" in line:
+            self.run.config.update(line, allow_val_change=True)
+        if line["step"] < self.start + ("lr" in line):
             return
         scalars, judged = parts_of(line)
         tables = {}
         for name, found in judged.items():
             rows = [[figure, value] for figure, value in found.items()]
             tables[f"{name} table"] = self.module.Table(columns=["figure", "value"], data=rows)
-        if "config" in line:
-            self.run.config.update(line, allow_val_change=True)
         if scalars:
             self.run.log({**scalars, **tables}, step=line["step"])
             self.tell(line["step"])

@@ -69,13 +69,13 @@ RELEASE_EPS, EPS = 1e-3, 1e-5  # of the image encoder's batch norms: the release
 # loading
 
 
-def load_image_encoder(encoder, path, pixels="auto"):
+def load_image_encoder(encoder, path, pixels="auto", flag="--init"):
     """Load anybody's weights of the same network into `encoder`, so that it makes of pixels normalised as here what it
     made of theirs.
 
     encoder: encoders.ResNet, or a timm network with its own names. path: the file, or a name of weights_named.py.
     pixels: a key of PIXELS, how the file's pixels were normalised where it does not say; "auto" for the release's by
-    their names, and else as here.
+    their names, and else as here. flag: which gave the path, for messages.
     -> lines for the user: what was taken from where, what was ignored, and what the pixels were, said, converted or
     assumed. Raises BadInput, one line, for a file that is unreadable, holds less than 90 % of the parameters, other
     shapes, a deeper network or values that are not finite; and for pixels that cannot be converted (another mean) or
@@ -83,7 +83,7 @@ def load_image_encoder(encoder, path, pixels="auto"):
 
     Key names: facebookresearch/moco and dino, WXinlong/DenseCL, and zhyever/SimIPU (`Inter_Intro_moco_better`).
     """
-    found = weights_named.find(path, encoder.arch)
+    found = weights_named.find(path, encoder.arch, flag)
     path = found.path
     contents, left_out = read_any(path)
     if isinstance(contents, dict):
@@ -103,7 +103,7 @@ def load_image_encoder(encoder, path, pixels="auto"):
 
 
 def load_point_encoder(encoder, path):
-    """Load a encoders.PointEncoder from this repo's last.pt, an export that holds points, or the release's file.
+    """Load an encoders.PointEncoder from this repo's last.pt, an export that holds points, or the release's file.
 
     The release has biases before its batch norms, which change nothing but the mean that batch norm takes away: each is
     subtracted from the running mean, which is exact. -> lines for the user. Raises BadInput as `load_image_encoder`
@@ -519,7 +519,7 @@ def _doubts(path, weights, pixels, open_question):
         seen, flags = "in 0..255, less a mean only", "bgr_mean or rgb_mean"
     seen = f"pixels {seen} (bn1.running_var / |conv1|^2 is {scale:.3g})"
     if open_question:
-        raise BadInput(f"{path}: its first layer has seen {seen}; say which by --init-pixels {flags}")
+        raise BadInput(f"{path}: its first layer has seen {seen}; only --init-pixels {flags} can say which")
     return [f"WARNING: its first layer seems to have seen {seen}"]
 
 
@@ -605,7 +605,7 @@ def export(checkpoint: Path, /, *, format: Literal["torchvision", "timm", "mmdet
 
 
 def _trained(checkpoint):
-    """Raises BadInput for a file that simipu.py did not write."""
+    """A last.pt of simipu.py, or any backbone.pt, moco.py's too -> Trained. Raises BadInput for other files."""
     saved = read_checkpoint(checkpoint)
     if isinstance(saved, dict) and saved.get("script", "simipu.py") == "simipu.py":
         if {"model", "config", "step", "identity"} <= saved.keys():
@@ -619,7 +619,7 @@ def _trained(checkpoint):
         if {"state_dict", "arch", "mean", "std", "channels", "step"} <= saved.keys():
             about = {key: saved[key] for key in ("arch", "mean", "std", "channels")}
             return Trained(saved["state_dict"], {}, about, {}, saved["step"], saved.get("git"))
-    raise BadInput(f"{checkpoint}: not a last.pt or backbone.pt of simipu.py")
+    raise BadInput(f"{checkpoint}: not a last.pt of simipu.py, nor a backbone.pt")
 
 
 def _part(state_dict, prefix):

@@ -59,6 +59,18 @@ def test_more_frames(run_here, scenes, tmp_path):
     assert (tmp_path / "depth.png").exists()
 
 
+def test_a_curve_of_what_some_lack(tmp_path, monkeypatch):
+    """Without Eq. 7 there is no gain: its line is left out, or there is no picture."""
+    drawn = []
+    monkeypatch.setattr(ablate.pictures, "draw_against_frames", lambda lines, *_: drawn.append(lines))
+    for only in (("SimIPU", "without inter"), ("without inter",)):
+        options = ablate.Options(only=only, frames=(4, 6), seeds=(0,), curve=tmp_path / "x.png")
+        names = ablate.variants_of(options)
+        found = {(name, 0): {"gain": 0.5} if "SimIPU" in name else {"intra_rank": 1} for name in names}
+        ablate.draw_curve(options, found, ablate.TASKS["match"])
+    assert drawn == [{"SimIPU": {4: [0.5], 6: [0.5]}}]
+
+
 def test_wrong_argument_by_subprocess(run_script):
     done = run_script("ablate.py", "--seeds", "x")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--seeds" in done.stderr

@@ -222,9 +222,9 @@ def test_the_sum_of_set_abstractions_needs_all_of_them(monkeypatch, fits):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("step --task depth --places 0", "--num-points, --places, --image-scale: not of --task depth"),
-        ("step --task det3d --places 0", "--num-points, --places: not of --task det3d"),
-        ("step --task mono3d --places 0", "--num-points, --places: not of --task mono3d"),
+        ("step --task depth --places 0", "error: --places: not of --task depth"),
+        ("step --task det3d --places 0 --num-points 9", "--num-points, --places: not of --task det3d"),
+        ("step --task mono3d --places 0", "error: --places: not of --task mono3d"),
         ("ops --data-root nowhere", "nowhere: no such folder"),
         ("ops --samples 99", "--samples 99: more than the 6 frames found"),
         ("ops --repeats -1", "--repeats -1: cannot be negative"),

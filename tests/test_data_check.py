@@ -233,7 +233,7 @@ def test_shared_drives(copy, capsys):
     findings = data_check.Findings()
     data_check.check_root(copy, ("train", "val"), 1, 0, False, 1, findings)
     assert not findings.broken
-    assert "raw drives of train and val: 1 are in both, drive_0;" in str(findings.notes.values())
+    assert "recordings of train and val: 1 are in both, drive_0;" in str(findings.notes.values())
 
 
 @pytest.mark.parametrize(

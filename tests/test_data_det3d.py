@@ -63,6 +63,11 @@ def same(a, b):
 # views
 
 
+def test_a_scene_without_labels_needs_no_camera_of_theirs(raw_drive):
+    scene = data_det3d.read_scene(data_kitti.find_frames(raw_drive)[0], labelled=False)
+    assert scene.boxes.shape == (0, 7) and scene.classes.shape == (0,) and len(scene.points) > 100
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_moved_points_lie_in_moved_boxes_and_keep_their_pixels(frames, flip):
     rng, count = np.random.default_rng(0), 0

@@ -14,6 +14,7 @@ import data_mono3d
 import data_nuscenes
 import finetune_mono3d
 import ops_boxes
+import runtime
 
 CPU = torch.device("cpu")
 C = finetune_mono3d.Config(dataset="kitti", image_scale=(208, 64), flip=0.5)
@@ -194,6 +195,14 @@ def test_samples(made_up, scenes):  # noqa: F811
     own = frames_of(scenes)
     assert [len(i) for i in data_mono3d.samples_of(own).values()] == [1] * 6
     assert len(data_mono3d.inventory(own)[0].split()) == 3 and len(data_mono3d.inventory(frames)[0].split()) == 2
+
+
+def test_all_samples_are_judged_on_however_few_are_trained_on(made_up):  # noqa: F811
+    root = (str(made_up),)
+    c = finetune_mono3d.Config(data_root=root, splits=("mini_train",), eval_splits=("mini_val",), frame_stride=2)
+    train, held_out, _ = finetune_mono3d.load_frames(c, runtime.Run(torch.device("cpu"), 0, 1))
+    assert len(train) == 18 and len(data_nuscenes.find_frames([made_up], ["mini_train"])) == 30
+    assert list(held_out) == list(data_nuscenes.find_frames([made_up], ["mini_val"])) and len(held_out) > 6
 
 
 def test_images_without_sweeps(made_up, tmp_path):  # noqa: F811

@@ -372,8 +372,14 @@ def test_cameras_stride_and_what_is_missing(copy):
     with pytest.raises(BadInput, match=rf"^{image}: missing \(CAM_BACK of sample sample scene-0061 1; --skip-missing"):
         find()
     shutil.rmtree(copy / "samples" / "CAM_BACK")
-    with pytest.raises(BadInput, match=r"v1.0-mini: no frames of --splits mini_train has image and cloud, of 5: "):
+    first = copy / "samples" / "CAM_BACK" / f"{rear[0]}.jpg"
+    lack = "v1.0-mini: no frames of --splits mini_train: all {} lack their image or cloud, the first one {}$"
+    with pytest.raises(BadInput, match=lack.format(5, first)):
         find(cameras=("CAM_BACK",), skip_missing=True)
+    sweeps = copy / "samples" / "LIDAR_TOP"
+    shutil.rmtree(sweeps)
+    with pytest.raises(BadInput, match=lack.format(5, f"{sweeps}/.*")):
+        find(cameras=("CAM_FRONT",), skip_missing=True)
 
 
 def test_several_roots_and_versions_are_pooled(copy, tmp_path):

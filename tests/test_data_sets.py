@@ -9,6 +9,8 @@ import data_check
 import data_depth
 import data_kitti
 import data_sets
+import finetune_det3d
+import finetune_mono3d
 from files import BadInput
 
 
@@ -40,6 +42,15 @@ def test_folders_say_what_lies_in_them(roots):
 def test_nuscenes_is_not_pooled_with_others(roots):
     with pytest.raises(BadInput, match="nuscenes and .*: nuScenes is not pooled with other data sets"):
         data_sets.pool_frames([roots["KITTI object"], roots["nuScenes"]], ["val"])
+
+
+def test_waymo_is_not_taken_for_kitti(roots, run_here, tmp_path):
+    """Both are in one layout, and label other classes."""
+    root = roots["Waymo, converted"]
+    for script in (finetune_det3d, finetune_mono3d):
+        status, _, err = run_here(script, "kitti", "--data-root", root, "--splits", "train")
+        assert status == 1 and err == f"error: {root}: Waymo, converted; its labels are not of KITTI's classes\n"
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -52,11 +52,11 @@ def stand_ins(runs, tmp_path_factory):
 def test_names_in_tables():
     """As short as they can be and still be different from each other, and from the rows that are always there."""
     paths = [Path(p) for p in ("out/a/last.pt", "out/b/backbone.pt", "out/random/last.pt", "x/imagenet.pth")]
-    assert list(evaluate.names_of(paths)) == ["a", "b", "random", "imagenet.pth"]
-    assert list(evaluate.names_of(paths, ["random"])) == ["out/a", "out/b", "out/random", "x/imagenet.pth"]
+    assert list(evaluate.labels_of(paths)) == ["a", "b", "random", "imagenet.pth"]
+    assert list(evaluate.labels_of(paths, ["random"])) == ["out/a", "out/b", "out/random", "x/imagenet.pth"]
     seeds = [Path("out/SimIPU/0/last.pt"), Path("out/SimIPU/1/last.pt")]
-    assert list(evaluate.names_of(seeds)) == ["SimIPU/0", "SimIPU/1"]
-    assert list(evaluate.names_of([Path("random")], ["random"])) == ["random (2)"]
+    assert list(evaluate.labels_of(seeds)) == ["SimIPU/0", "SimIPU/1"]
+    assert list(evaluate.labels_of([Path("random")], ["random"])) == ["random (2)"]
 
 
 @pytest.mark.parametrize("command", ["match", "probe", "show", "depth"])
@@ -281,6 +281,32 @@ def test_find_frame():
     for wrong in ("000007", "000000", "3", "-1", "", "training"):  # two of that name; names that are not there
         with pytest.raises(BadInput, match=f"^--frame {wrong}"):
             evaluate.find_frame(frames, wrong)
+
+
+def test_frames_are_those_that_the_run_was_judged_on(monkeypatch):
+    asked = []
+
+    def find(c, roots, splits, named=False, limit=0):
+        asked.append((c.frame_stride, roots, tuple(splits), limit))
+        return ["a", "b"]
+
+    monkeypatch.setattr(simipu, "find_frames", find)
+    c = replace(TINY, data_root=("r",), eval_root=("e",), splits=("train",), eval_splits=("val",), frame_stride=5)
+    for more in (None, 2):
+        evaluate.choose_frames(c, (), (), None, more)
+    assert asked == [(5, ("e",), ("val",), c.eval_frames), (2, ("e",), ("val",), c.eval_frames)]
+    del asked[:]
+    for split in (None, "val", "train"):
+        evaluate.frames_to_show(c, None, split)
+    evaluate.frames_to_show(c, "own", "val")
+    evaluate.frames_to_show(replace(c, eval_root=(), eval_splits=()), None, None)
+    assert [row[:3] for row in asked] == [
+        (5, ("e",), ("val",)),
+        (5, ("e",), ("val",)),
+        (5, ("r",), ("train",)),
+        (5, ["own"], ("val",)),
+        (5, ("r",), ("train",)),
+    ]
 
 
 def test_what_training_did_is_said(scenes):

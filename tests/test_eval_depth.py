@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data_depth
 import eval_depth as depth
 from files import BadInput
 
@@ -20,6 +21,12 @@ TOOLBOX = {
     "nyu": (0.83858366, 0.99156335, 0.99620188, 0.13983432, 0.13987808, 0.69037406, 0.39434022, 39.2674904,
             0.06252794),
 }  # fmt: skip
+
+
+def kb_crop(depth):
+    """KITTI's maps as they are scored: (..., H, W) -> (..., 352, 1216)."""
+    rows, columns = data_depth.kb_window(*depth.shape[-2:])
+    return depth[..., rows, columns]
 
 
 def perturbed(truth, seed):
@@ -165,16 +172,16 @@ def test_bounds_of_the_range():
 def test_kitti_crop(height, width, top, left):
     """Flush with the bottom, odd margins rounded down; any leading axes, numpy or torch."""
     map = np.arange(height * width).reshape(height, width)
-    cut = depth.kb_crop(map)
+    cut = kb_crop(map)
     assert np.array_equal(cut, map[top : top + 352, left : left + 1216]) and cut[-1, 0] == map[-1, left]
     many = torch.from_numpy(map).expand(2, 3, -1, -1)
-    assert torch.equal(depth.kb_crop(many)[1, 2], torch.from_numpy(cut))
+    assert torch.equal(kb_crop(many)[1, 2], torch.from_numpy(cut))
 
 
 @pytest.mark.parametrize("height, width", [(351, 1242), (375, 1215)])
 def test_kitti_crop_of_less_than_it(height, width):
     with pytest.raises(BadInput, match=rf"^a map of {height} x {width} .*352 x 1216$"):
-        depth.kb_crop(np.zeros((height, width)))
+        kb_crop(np.zeros((height, width)))
 
 
 def test_wrong_crops():
@@ -339,14 +346,14 @@ def test_predictions_of_the_crop_alone():
     """Placed back, they have the figures of the whole map; beyond it their edges go on."""
     truth = made_up(375, 1242, 80)
     whole = perturbed(truth, 3)
-    placed = depth.match_prediction(depth.kb_crop(whole), truth.shape, "p.png")
-    assert placed.shape == truth.shape and np.array_equal(depth.kb_crop(placed), depth.kb_crop(whole))
-    a, b = (depth.eigen_metrics(depth.kb_crop(p), depth.kb_crop(truth), 1e-3, 80, "garg") for p in (placed, whole))
+    placed = depth.match_prediction(kb_crop(whole), truth.shape, "p.png")
+    assert placed.shape == truth.shape and np.array_equal(kb_crop(placed), kb_crop(whole))
+    a, b = (depth.eigen_metrics(kb_crop(p), kb_crop(truth), 1e-3, 80, "garg") for p in (placed, whole))
     assert a == b and a["abs_rel"] > 0.01
     assert (placed[:23, 13:1229] == placed[23, 13:1229]).all()
     assert (placed[:, :13] == placed[:, 13:14]).all() and (placed[:, 1229:] == placed[:, 1228:1229]).all()
     assert depth.match_prediction(whole, truth.shape, "p.png") is whole
-    small = depth.kb_crop(whole)
+    small = kb_crop(whole)
     assert depth.match_prediction(small, (352, 1216), "p.png") is small
 
 
@@ -447,7 +454,7 @@ def test_real_maps(dataset, folder, scale, high, crop):
         truth = depth.read_depth(path, scale)
         prediction = perturbed(truth, i)
         if dataset == "kitti":
-            truth, prediction = depth.kb_crop(truth), depth.kb_crop(prediction)
+            truth, prediction = kb_crop(truth), kb_crop(prediction)
         rows.append(depth.eigen_metrics(prediction, truth, 1e-3, high, crop))
         if i == 0:  # the formulas at a tenth of the pixels, for they are slow
             truth = truth * (np.random.default_rng(i).random(truth.shape) < 0.1)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import data
 import encoders
 import eval_depth
+import finetune_depth
+import runtime
 from files import BadInput
 from finetune_depth import Config, DenseDepth, DepthNet, build_optimizer, one_cycle, sig_loss
 
@@ -267,3 +269,17 @@ def test_published_rows_stand_beside_their_images_alone():
     assert total == eval_depth.summary(scored[::-1], ["a", "x", "b"])
     assert total["names"] == data.fingerprint(["a", "b"])
     assert (total["images"], total["left_out"], total["zeros"]) == (2, 1, 1)
+
+
+# -----------------------------------------------------------------------------
+# pairs
+
+
+def test_drives_that_are_trained_and_judged_on_are_told(raw_drive, monkeypatch):
+    monkeypatch.setattr(data, "check_unseen", lambda *_: None)  # the same frames are judged: never mind
+    c = Config(dataset="lidar", data_root=(str(raw_drive),), splits=(), eval_splits=(), eval_root=(str(raw_drive),))
+    _, held_out, note = finetune_depth.load_frames(c, runtime.Run(torch.device("cpu"), 0, 1))
+    assert len(held_out) == 4
+    assert note.endswith(
+        "shares 1 drives with training, 2011_09_26_drive_0001_sync among them: its figures will flatter"
+    )

@@ -532,7 +532,7 @@ WRONG = {  # the preset and its flags, and what is said about them
     "few labels": ("demo --labels 0.1", "--batch-size 2: the 1 pairs found are too few"),
     "depths": ("demo --min-depth 80", "--min-depth 80.0: must be below --max-depth 80"),
     "width": ("demo --decoder-width 40", "--decoder-width 40: must be a multiple of 16"),
-    "batch": ("demo --batch-size 3 --group 2", "--batch-size 3: not a multiple of --group 2"),
+    "batch": ("demo --batch-size 3 --group 2", "--batch-size 3: not a multiple of 1 processes x passes of 2 frames"),
     "gamma": ("demo --gamma 1.1 0.9", "--gamma 1.1 0.9: must be above 0, the smaller first"),
     "seen": ("demo --eval-splits trainval", "--eval-splits trainval: 6 of its frames are trained on, training/00000"),
     "too small": (

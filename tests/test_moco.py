@@ -109,6 +109,34 @@ def test_key_encoder_follows_the_query_encoder(tiny):
         assert torch.allclose(torch.stack([norm.running_mean, norm.running_var]), before.lerp(measured, weight))
 
 
+class Crossed(torch.nn.Module):
+    """Registers the norm first that it uses last, as some of timm's networks do."""
+
+    channels = 16
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.first = torch.nn.BatchNorm2d(16), torch.nn.BatchNorm2d(16)
+        self.conv = torch.nn.Conv2d(3, 16, 1)
+
+    def forward(self, x):
+        return [self.last(self.first(self.conv(x)).relu())]
+
+
+def test_every_norm_has_statistics_of_its_own_inputs(monkeypatch):
+    monkeypatch.setattr(encoders, "build_image_encoder", lambda name: Crossed())
+    model = moco.MoCo(config(queue=8, hidden=8, embed_dim=8)).train()
+    net, batch = model.encoder_k[0], batch_of(4)
+    x = net.conv(batch["key"])
+    inputs = {net.first: x, net.last: net.first(x).relu()}
+    model.seen.clear()  # what the line above has measured
+    model(batch)
+    model.follow()
+    for norm, x in inputs.items():
+        assert torch.allclose(norm.running_mean, x.mean((0, 2, 3)), atol=1e-6)
+        assert torch.allclose(norm.running_var, x.var((0, 2, 3)), atol=1e-6)
+
+
 def test_no_gradient_reaches_the_keys(tiny):
     model, batch = tiny(), batch_of(4)
     batch["key"].requires_grad_(), batch["query"].requires_grad_()

@@ -408,6 +408,13 @@ def test_bilinear_sample_agrees_with_grid_sample():
     assert torch.allclose(ops.bilinear_sample(feature_map, uv), want, atol=1e-12)
 
 
+def test_bilinear_sample_of_more_cells_than_float32_counts():
+    feature_map = torch.arange(4099 * 4099).remainder(251).view(1, 1, 4099, 4099).to(torch.uint8).float()
+    x = torch.tensor([0, 1, 4097, 4098])
+    got = ops.bilinear_sample_torch(feature_map, torch.stack([x, torch.full_like(x, 4098)], 1)[None].float())
+    assert torch.equal(got[0, :, 0], feature_map[0, 0, 4098, x])
+
+
 def test_bilinear_sample_gradcheck():
     torch.manual_seed(0)
     feature_map = torch.randn(2, 3, 4, 5, dtype=torch.double, requires_grad=True)

@@ -35,6 +35,7 @@ from files import BadInput
         (["--places", 300], ["--places 300", "--num-points 1024"]),  # 4 x 300 places of 1024 points: m > N
         (["--batch-size", 100], ["--batch-size 100", "6 frames"]),
         (["--batch-size", 6, "--group", 4], ["--batch-size 6", "--group 4"]),
+        (["--group", 0], ["--group 0: must be 1 or more"]),
         (["--image-encoder", "resnet19"], ["resnet19"]),
         (["--image-encoder", "timm:resnet18"], ["timm:resnet18: No module named 'timm'"]),
         (["--intra-weight", 0, "--inter-weight", 0], ["nothing to learn"]),
@@ -354,6 +355,20 @@ def test_gathered_negatives_equal_one_process_on_the_whole_batch(tmp_path, uneve
     torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(result["grad"], weight.grad, rtol=1e-10, atol=1e-12)
     assert result["chance"] == stats["chance"]
+
+
+@pytest.mark.parametrize(
+    "batch, group, world, says",
+    [
+        (4, 4, 8, "--batch-size 4: fewer frames than the 8 processes"),
+        (10, 4, 4, "--batch-size 10: not a multiple of 4 processes x passes of 2 frames (--group 4)"),
+        (6, 4, 1, "--batch-size 6: not a multiple of 1 processes x passes of 4 frames (--group 4)"),
+    ],
+)
+def test_batches_that_do_not_come_out_even(batch, group, world, says):
+    with pytest.raises(BadInput) as error:
+        runtime.split_batch(simipu.Config(batch_size=batch, group=group), world)
+    assert str(error.value) == says
 
 
 def test_the_flag_of_held_out_frames():

@@ -19,7 +19,7 @@ def test_demo_in_miniature(run_script, run_here, tmp_path):
     the same losses.
     """
     demo = ["demo", "--synthetic-frames", 8, *SMALL]
-    done = run_script("simipu.py", *demo, "--max-steps", 30, "--workers", 1, "--eval-every", 20)
+    done = run_script("simipu.py", *demo, "--epochs", 1, "--max-steps", 30, "--workers", 1, "--eval-every", 20)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out" / "demo"
     assert sorted(p.name for p in out.iterdir()) == ["backbone.pt", "curves.png", "last.pt", "log.jsonl", "pairs.png"]

@@ -20,6 +20,7 @@ import track
 def test_figures():
     line = {"step": 3, "moco": 0.5, "lr": [1, 2], "match": {"right_rank": 7, "gap_interval": [1, 2.5]}, "name": "x"}
     expected = {"moco": 0.5, "lr/0": 1, "lr/1": 2, "match/right_rank": 7}
+    line["match"]["per_frame"] = {"places": [3, 4]}  # hundreds of numbers, of no use there
     assert track.figures(line) == expected | {"match/gap_interval/0": 1, "match/gap_interval/1": 2.5}
     assert track.parts_of({"step": 0, "config": {"lr": 1}, "data": {"frames": 3}}) == ({}, {})
     scalars, judged = track.parts_of({"step": 4, "match": {"gap": 2, "intra": {"top1": None, "rank": 1}}})
@@ -149,6 +150,19 @@ def test_wandb_is_told_each_step_once(shown, wandb):
     assert (6, {"match/gap": 5.25, "match table": [["gap", 5.25]]}) in told and (6, {"curves": (8, 4)}) in told
     assert told[-1] == "closed"
     assert json.loads((around.folder / "wandb.json").read_text())["step"] == 6
+
+
+def test_wandb_is_told_what_a_killed_run_owed(wandb, tmp_path):
+    """The step was told, and it died while it was judged."""
+    report, judgement = {"step": 2, "lr": [1.0], "loss": 3.0}, {"step": 2, "match": {"gap": 1.5}}
+    for lines in ([report], [report, {"step": 2, "config": {}}, judgement]):
+        track.start("wandb", tmp_path, "x", lines)
+    (told,) = wandb.told.values()
+    assert [entry for entry in told if entry != "config"] == [
+        (2, {"lr/0": 1.0, "loss": 3.0}),
+        (2, {"match/gap": 1.5, "match table": [["gap", 1.5]]}),
+    ]
+    assert "config" in told
 
 
 def test_wandb_that_refuses_is_one_line(shown, wandb, monkeypatch):

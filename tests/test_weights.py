@@ -502,7 +502,7 @@ def test_export_refuses(finished, tmp_path):
     last, backbone, of_timm = folder / "last.pt", folder / "backbone.pt", tmp_path / "timm.pt"
     refused = [
         (tmp_path / "nowhere.pt", "mmdet", out, "nowhere.pt: no such file"),
-        (tmp_path / "plain.pth", "mmdet", out, "plain.pth: not a last.pt or backbone.pt"),
+        (tmp_path / "plain.pth", "mmdet", out, "plain.pth: not a last.pt of simipu.py, nor a backbone.pt"),
         (backbone, "points", out, "backbone.pt: holds no trained point encoder; export last.pt"),
         (last, "points", out, "--use-xyz"),
         (last, "mmdet3d", out, "--use-xyz.*backbone.pt"),

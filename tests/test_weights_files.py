@@ -262,7 +262,7 @@ def test_a_last_pt_of_another_script_is_announced_as_that(tmp_path):
     last["script"] = "finetune_depth.py"
     _, summary = load(last, tmp_path / "last.pt")
     assert "pixels: RGB, mean and deviation (a last.pt of finetune_depth.py)" in summary
-    with pytest.raises(BadInput, match=r"last\.pt: not a last.pt or backbone.pt of simipu.py"):
+    with pytest.raises(BadInput, match=r"last\.pt: not a last.pt of simipu.py, nor a backbone.pt"):
         weights.export(tmp_path / "last.pt", format="timm", out=tmp_path / "out.pth")
 
 

@@ -136,6 +136,11 @@ def test_what_is_not_as_it_should_be_is_one_line_and_not_kept(server, tmp_path, 
     assert "\n" not in str(refused.value) and cached(tmp_path) == []
 
 
+def test_a_message_names_the_flag_that_gave_the_name():
+    with pytest.raises(BadInput, match="^--also imagnet: no such file"):
+        weights.load_image_encoder(encoders.build_image_encoder("resnet18"), "imagnet", flag="--also")
+
+
 def test_a_cached_file_is_checked_too(server, tmp_path):
     path = weights_named.find("imagenet", "resnet18").path
     path.write_bytes(path.read_bytes()[:1000])
