@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -87,7 +88,6 @@ def load_image_encoder(encoder, path, pixels="auto", flag="--init"):
     path = found.path
     contents, left_out = read_any(path)
     if isinstance(contents, dict):
-        contents = weights_named.as_features(contents, encoder.state_dict()) if found.of_timm else contents
         contents = contents | found.pixels
     network = _choose(encoder, path, contents, left_out, IMAGE_BRANCHES)
     _refuse_misfits(path, network, "the image encoder of --image-encoder")
@@ -180,6 +180,8 @@ def _choose(encoder, path, contents, left_out, branches):
         objects = f", but objects of {_few(left_out)}: save the state_dict() alone" if left_out else ""
         raise BadInput(f"{path}: holds no tensors by name{objects}")
     own = encoder.state_dict()
+    if getattr(encoder, "arch", "").startswith("timm:"):
+        tables = [(where, weights_named.as_features(table, own), twice) for where, table, twice in tables]
     networks = []
     for where, table, _ in tables:
         for prefix in _prefixes(table, own):
@@ -569,7 +571,8 @@ class Trained:
 
 
 def export(checkpoint: Path, /, *, format: Literal["torchvision", "timm", "mmdet", "mmdet3d", "points"], out: Path):
-    """Write the trained encoders for other people's code: {"state_dict", "meta"}, and the meta as JSON beside it.
+    """Write the trained encoders for other people's code: {"state_dict", "meta"}, and the meta as JSON beside it. To a
+    name that ends in .safetensors, the tensors with the meta as that format's own.
 
     meta says arch, step, git revision and how pixels were normalised: mean and std of 0..1 values, channels; for mmdet
     and mmdet3d also img_norm_cfg, of 0..255 values. Zero biases stand where the release's point layers have some.
@@ -587,7 +590,10 @@ def export(checkpoint: Path, /, *, format: Literal["torchvision", "timm", "mmdet
     weights = {}
     if format != "points":
         prefix = {"mmdet": "backbone.", "mmdet3d": "img_backbone."}.get(format, "")
-        weights |= {prefix + name: value for name, value in run.image.items()}
+        named = run.image
+        if run.about["arch"].startswith("timm:"):
+            named = weights_named.as_whole(named, run.about["arch"])
+        weights |= {prefix + name: value for name, value in named.items()}
     if with_points:
         weights |= _points_of_release(run.points)
     meta = _meta(checkpoint, run, format, with_points)
@@ -599,7 +605,12 @@ def export(checkpoint: Path, /, *, format: Literal["torchvision", "timm", "mmdet
     with writing(beside) as temporary:
         temporary.write_text(json.dumps(meta, indent=1) + "\n")
         state_dict = {name: value.cpu().contiguous() for name, value in weights.items()}
-        save_atomically({"state_dict": state_dict, "meta": meta}, out)
+        if out.suffix == ".safetensors":
+            said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
+            with writing(out) as whole:
+                whole.write_bytes(safetensors.torch.save(state_dict, said | {"format": "pt"}))  # as others say it
+        else:
+            save_atomically({"state_dict": state_dict, "meta": meta}, out)
     print(f"{out}: {len(weights)} tensors of {checkpoint}, step {run.step}; ", end="")
     print(f"{beside}: how its pixels are normalised and where it comes from")
 

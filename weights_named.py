@@ -59,7 +59,6 @@ class Found:
 
     path: str | Path
     pixels: dict = field(default_factory=dict)  # mean, std, channels, where they are known and not in the file
-    of_timm: bool = False  # whether its names are those of timm's whole network
 
 
 def find(name, arch, flag="--init"):
@@ -72,7 +71,7 @@ def find(name, arch, flag="--init"):
     name = str(name)
     if name.startswith("timm:"):
         address, pixels = address_of_timm(name, flag)
-        return Found(in_cache(name, address, flag), pixels, of_timm=True)
+        return Found(in_cache(name, address, flag), pixels)
     if name not in ADDRESSES:
         if not (Path(name).suffix or os.sep in name or os.path.lexists(name)):
             names = ", ".join([*ADDRESSES, "timm:NAME"])
@@ -113,6 +112,19 @@ def as_features(contents, own):
         key = str(name).replace(".", "_")
         renamed[flat.get(key) or flat.get(f"model_{key}") or name] = value
     return renamed
+
+
+def as_whole(weights, arch):
+    """The reverse of `as_features`: tensors with the names that the whole network timm:NAME has. Raises BadInput where
+    timm is not installed.
+    """
+    try:
+        import timm
+    except ImportError as e:
+        raise BadInput(f"--format timm: {e}, which knows the names of {arch}") from None
+    flat = {name.replace(".", "_"): name for name in timm.create_model(arch[5:]).state_dict()}
+    keys = {name: name.replace(".", "_") for name in weights}
+    return {flat.get(key) or flat.get(key.removeprefix("model_"), name): weights[name] for name, key in keys.items()}
 
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
 from test_loop import MINI
@@ -465,6 +466,20 @@ def test_exported_points_say_what_they_see(finished, tmp_path):
     points = encoders.PointEncoder(16, point_features=("height", "shape"))
     assert "100% of the parameters" in weights.load_point_encoder(points, tmp_path / "points.pth")
     assert_same_weights(points, model.pts_backbone)
+
+
+def test_exported_as_safetensors(finished, tmp_path):
+    """By the name of the file: the same tensors, and pixels as the format's own metadata says them."""
+    folder, model = finished(image_encoder="resnet18")
+    weights.export(folder / "last.pt", format="timm", out=tmp_path / "w.safetensors")
+    with safetensors.safe_open(tmp_path / "w.safetensors", "pt") as f:
+        said, names = f.metadata(), f.keys()
+    assert set(names) == resnet_names(18) and (said["format"], said["step"], said["channels"]) == ("pt", "7", "RGB")
+    encoder = encoders.ResNet(18)
+    summary = weights.load_image_encoder(encoder, tmp_path / "w.safetensors")
+    assert "pixels: RGB, mean and deviation (the file says)" in summary and "0 missing" in summary
+    assert_same_weights(encoder, model.img_backbone)
+    assert sorted(path.name for path in tmp_path.glob("w*")) == ["w.json", "w.safetensors"]
 
 
 def assert_same_weights(loaded, trained):

@@ -203,11 +203,19 @@ def test_without_timm(server, monkeypatch):
         weights_named.find("timm:resnet18", "resnet18")
 
 
-def test_names_of_a_network_of_features():
+def test_names_of_a_network_of_features(monkeypatch):
     """timm's own, of a ConvNeXt and a ViT with and without features_only."""
     own = ["stem_0.weight", "stages_0.blocks.0.conv_dw.weight", "model.cls_token"]
     contents = {"stem.0.weight": 1, "stages.0.blocks.0.conv_dw.weight": 2, "cls_token": 3, "head.fc.weight": 4}
     assert weights_named.as_features(contents, own) == {**dict(zip(own, (1, 2, 3))), "head.fc.weight": 4}
+    whole = types.SimpleNamespace(state_dict=lambda: contents)
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=lambda name: {"x": whole}[name]))
+    of_features = dict(zip(own, (1, 2, 3)))
+    back = {name: contents[name] for name in list(contents)[:3]}
+    assert weights_named.as_whole(of_features, "timm:x") == weights_named.as_whole(back, "timm:x") == back
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BadInput, match="^--format timm: .*, which knows the names of timm:x$"):
+        weights_named.as_whole(of_features, "timm:x")
 
 
 def test_the_table():
