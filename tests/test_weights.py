@@ -5,7 +5,9 @@ on pixels normalised their way; what was loaded must compute the same of the sam
 import argparse
 import functools
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -506,7 +508,7 @@ def check_exported(saved, format, depth, with_points):
         assert not any(value.any() for name, value in exported.items() if name.endswith("conv.bias"))
 
 
-def test_export_refuses(finished, tmp_path):
+def test_export_refuses(finished, tmp_path, monkeypatch):
     folder, _ = finished(image_encoder="resnet18", use_xyz=True)
     no_image, _ = finished(inter_weight=0.0)
     no_points, _ = finished(image_encoder="resnet18", intra_weight=0.0)
@@ -526,17 +528,25 @@ def test_export_refuses(finished, tmp_path):
         (of_timm, "torchvision", out, "--format torchvision: .*timm:regnety_032"),
         (of_timm, "mmdet", out, "--format mmdet: .*timm:regnety_032"),
         (of_timm, "mmdet3d", out, "--format mmdet3d: .*timm:regnety_032"),
+        (of_timm, "timm", out, "--format timm: .*, which knows the names of timm:regnety_032"),
         (backbone, "timm", backbone, "is the checkpoint itself"),
         (backbone, "timm", folder, "is a folder"),
         (backbone, "timm", tmp_path / "it.json", "the JSON goes there"),
         (backbone, "timm", tmp_path / "plain.pth" / "it.pth", "--out .*plain.pth"),
     ]
+    monkeypatch.setitem(sys.modules, "timm", None)  # not installed
     for checkpoint, format, to, words in refused:
         with pytest.raises(BadInput, match=words) as e:
             weights.export(checkpoint, format=format, out=to)
         assert "\n" not in str(e.value)
     assert not out.parent.exists()
-    weights.export(tmp_path / "timm.pt", format="timm", out=out)
+    network = SimpleNamespace(
+        state_dict=lambda: {name.replace("layer1.", "layer1_"): 0 for name in other["state_dict"]}
+    )
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=lambda name: {"regnety_032": network}[name]))
+    weights.export(of_timm, format="timm", out=out)
+    named = torch.load(out, weights_only=True)["state_dict"]
+    assert named.keys() == network.state_dict().keys() != other["state_dict"].keys()
     weights.export(no_points / "last.pt", format="mmdet3d", out=out)  # an untrained point encoder stays out
     assert all(k.startswith("img_backbone.") for k in torch.load(out, weights_only=True)["state_dict"])
 
