@@ -296,11 +296,11 @@ def check_unseen(frames, held_out, flag, inventory=inventory):
 
 
 def shared_drives(frames, held_out, flag):
-    """A note to print where held-out frames are of drives that are trained on, else None."""
+    """A note to print, a list, where held-out frames are of drives that are trained on; else none."""
     drives = sorted(drives_of(frames) & drives_of(held_out))
     if not drives:
-        return None
-    return f"note: {flag} shares {len(drives)} drives with training, {drives[0]} among them: its figures will flatter"
+        return []
+    return [f"note: {flag} shares {len(drives)} drives with training, {drives[0]} among them: its figures will flatter"]
 
 
 # -----------------------------------------------------------------------------

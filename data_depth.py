@@ -46,6 +46,10 @@ class Pair:
     frame: data.Frame | None = None  # of a sweep
 
     @property
+    def drive(self):  # for data.drives_of
+        return self.frame.drive if self.frame else None
+
+    @property
     def files(self):  # for data.inventory
         return self.image, self.depth
 

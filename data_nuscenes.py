@@ -260,8 +260,8 @@ def _on_disk(tables, cells, skip_missing, clouds):
 
     Raises BadInput for the first that is not, unless skip_missing.
     """
-    there = tables.sizes(cells)[:, : 1 + clouds] > 0  # (n, 2)
-    lacking = np.argwhere(~there)
+    missing = _missing(tables, cells, clouds)
+    lacking = np.argwhere(missing)
     if len(lacking) and not skip_missing:
         i, k = lacking[0]
         row, column = cells[i]
@@ -271,15 +271,19 @@ def _on_disk(tables, cells, skip_missing, clouds):
         path = tables.paths(row, column)[k]
         wrong = file_size(path)[1]
         raise BadInput(f"{path}: {wrong} ({of}; --skip-missing leaves out frames without image or cloud)")
-    return cells[there.all(1)]
+    return cells[~missing.any(1)]
+
+
+def _missing(tables, cells, clouds):
+    """Which files of cells (n, 2) are not there, (n, 2) bool: image, cloud; (n, 1), the image, with clouds=False."""
+    return tables.sizes(cells)[:, : 1 + clouds] <= 0
 
 
 def _of_many(tables, cells, clouds):
     """Words behind "no frames", of cells (n, 2) that all lack a file."""
     if not len(cells):
         return ""
-    lacking = int(np.argmin(tables.sizes(cells[:1])[0, : 1 + clouds] > 0))
-    path = tables.paths(*cells[0])[lacking]
+    path = tables.paths(*cells[0])[_missing(tables, cells[:1], clouds)[0].argmax()]
     return f": all {len(cells)} lack their {'image or cloud' if clouds else 'image'}, the first one {path}"
 
 

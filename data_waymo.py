@@ -63,9 +63,10 @@ CAMERAS = {"FRONT": 1, "FRONT_LEFT": 2, "FRONT_RIGHT": 3, "SIDE_LEFT": 4, "SIDE_
 TOP = 1  # the LiDAR whose pixels have poses of their own
 SPLITS = {"training": ("training", "train"), "validation": ("training", "val"), "testing": ("testing", "test")}
 
+STALE = 3600  # seconds: no file takes so long to write, on any of the machines that convert into one folder
+
 # What lies before the camera, of the range that is usual for detection on Waymo (mmdetection3d: 76.8 m, 51.2 m; z from
 # -2 to 4). z = 0 is the road. Half of a front image's edges
-STALE = 3600  # seconds: no file takes so long to write, on any of the machines that convert into one folder
 RIG = data.Rig((0.0, -51.2, -2.0, 76.8, 51.2, 4.0), center=(38.4, 0.0, 1.0), ground=0.0, box=(960, 640))
 
 # Waymo's camera axes (x ahead, y left, z up) to KITTI's (x right, y down, z ahead)

@@ -4,6 +4,7 @@ Image encoders give maps, and say where a pixel lies in them (`cells`). Paramete
 ResNets, and of the official release for the point encoder, so that their checkpoints load.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -142,21 +143,33 @@ def build_image_encoder(name, deformable=()):
         return ResNet(int(name[6:]), deformable)
     if not name.startswith("timm:"):
         raise BadInput(f"--image-encoder {name}: not one of resnet18, resnet34, resnet50, resnet101, timm:NAME")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # they depend on weights a little, and must be the same in every run
-        offsets_of = build_timm_encoder(name)
     encoder = build_timm_encoder(name)
     encoder.map_channels, encoder.strides = encoder.feature_info.channels(), encoder.feature_info.reduction()
     encoder.channels, encoder.arch = encoder.map_channels[-1], name
-    encoder.offsets = measure_offsets(offsets_of, encoder.strides)
+    encoder.offsets = offsets_of(name)
     return encoder
 
 
-def build_timm_encoder(name):
+@functools.cache
+def offsets_of(name):
+    """`measure_offsets` of timm:NAME. Weights move them a little, so one seed's are taken, the same in every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        encoder = build_timm_encoder(name)
+    return measure_offsets(encoder, encoder.feature_info.reduction())
+
+
+def import_timm(asked, why=""):
+    """The module. Raises BadInput where it is not installed: `asked`, the flag that wants it, then `why`."""
     try:
         import timm
     except ImportError as e:
-        raise BadInput(f"--image-encoder {name}: {e}") from None
+        raise BadInput(f"{asked}: {e}{why}") from None
+    return timm
+
+
+def build_timm_encoder(name):
+    timm = import_timm(f"--image-encoder {name}")
     any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}  # what a ViT needs for images that are not square
     try:
         return timm.create_model(name[5:], features_only=True, **any_size)

@@ -384,9 +384,7 @@ def load_frames(c, run):
         notes += more
     flag = runtime.held_out_flag(c)
     data.check_unseen(train, held_out, flag)
-    if isinstance(train, data.Frames):  # else nothing tells the drives
-        shared = data.shared_drives(train, held_out, flag)
-        notes += [shared] if shared else []
+    notes += data.shared_drives(train, held_out, flag)
     train = data.share_of(train, c.labels)
     return train, held_out, "\n".join(notes) or None
 

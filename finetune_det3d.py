@@ -522,9 +522,9 @@ def load_frames(c, run):
         notes += more
     eval_boxes.check_frames(train, c, held_out)
     data.check_unseen(train, held_out, flag)
-    shared = data.shared_drives(train, held_out, flag)
+    notes += data.shared_drives(train, held_out, flag)
     train = data.share_of(train, c.labels)
-    return train, held_out, notes + ([shared] if shared else [])
+    return train, held_out, notes
 
 
 def load_detector(model, path, pixels):

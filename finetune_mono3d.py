@@ -553,9 +553,9 @@ def load_frames(c, run):
         held_out = data_mono3d.few_samples(held_out, c.eval_frames)
         notes += more
     data.check_unseen(train, held_out, flag, data_mono3d.inventory)
-    shared = data.shared_drives(train, held_out, flag)
+    notes += data.shared_drives(train, held_out, flag)
     train = data.share_of(train, c.labels)
-    return train, held_out, notes + ([shared] if shared else [])
+    return train, held_out, notes
 
 
 def train(c):

@@ -579,8 +579,7 @@ def load_frames(c, run):
     data.check_unseen(frames, held_out, flag)
     if len(held_out) < 2:
         raise BadInput(f"{flag}: judging needs two frames or more, for the other frame's image")
-    shared = data.shared_drives(frames, held_out, flag)
-    notes += [shared] if shared else []
+    notes += data.shared_drives(frames, held_out, flag)
     return frames, held_out, "\n".join(notes) or None
 
 

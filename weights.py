@@ -74,9 +74,9 @@ def load_image_encoder(encoder, path, pixels="auto", flag="--init"):
     """Load anybody's weights of the same network into `encoder`, so that it makes of pixels normalised as here what it
     made of theirs.
 
-    encoder: encoders.ResNet, or a timm network with its own names. path: the file, or a name of weights_named.py.
-    pixels: a key of PIXELS, how the file's pixels were normalised where it does not say; "auto" for the release's by
-    their names, and else as here. flag: which gave the path, for messages.
+    encoder: encoders.ResNet, or one of timm's; names may be its own or those of timm's whole network. path: the file,
+    or a name of weights_named.py. pixels: a key of PIXELS, how the file's pixels were normalised where it does not say;
+    "auto" for the release's by their names, and else as here. flag: which gave the path, for messages.
     -> lines for the user: what was taken from where, what was ignored, and what the pixels were, said, converted or
     assumed. Raises BadInput, one line, for a file that is unreadable, holds less than 90 % of the parameters, other
     shapes, a deeper network or values that are not finite; and for pixels that cannot be converted (another mean) or

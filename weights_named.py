@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import encoders
 from files import BadInput, read_any
 
 
@@ -85,10 +86,7 @@ def find(name, arch, flag="--init"):
 
 def address_of_timm(name, flag):
     """-> Address, and how pixels were normalised, of timm's pretrained weights timm:NAME."""
-    try:
-        import timm
-    except ImportError as e:
-        raise BadInput(f"{flag} {name}: {e}") from None
+    timm = encoders.import_timm(f"{flag} {name}")
     try:
         c = timm.models.get_pretrained_cfg(name[5:])
     except RuntimeError as e:  # no such tag
@@ -118,10 +116,7 @@ def as_whole(weights, arch):
     """The reverse of `as_features`: tensors with the names that the whole network timm:NAME has. Raises BadInput where
     timm is not installed.
     """
-    try:
-        import timm
-    except ImportError as e:
-        raise BadInput(f"--format timm: {e}, which knows the names of {arch}") from None
+    timm = encoders.import_timm("--format timm", f", which knows the names of {arch}")
     flat = {name.replace(".", "_"): name for name in timm.create_model(arch[5:]).state_dict()}
     keys = {name: name.replace(".", "_") for name in weights}
     return {flat.get(key) or flat.get(key.removeprefix("model_"), name): weights[name] for name, key in keys.items()}
